@@ -1,0 +1,262 @@
+"""The whole configuration of a run: strict, documented on the field, never rewritten.
+
+    RunConfig.load("examples/configs/tiny.yaml", ["optimizer.lr=1e-4", "run.max_steps=20"])
+
+Unknown keys raise with the nearest valid name. Sizes are counted in what the name says (tokens, prompts, steps, updates);
+times end in `_s`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from megatron_dapo.layout import Layout
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Folder of a Hugging Face checkpoint with tokenizer, or a hub name.")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="Compute type; bf16 keeps fp32 master weights.")
+
+
+class LayoutConfig(Section):
+    tensor_parallel: PositiveInt = 1
+    sequence_parallel: bool = False
+    pipeline_parallel: PositiveInt = 1
+    virtual_pipeline_parallel: PositiveInt | None = None
+    context_parallel: PositiveInt = 1
+    expert_parallel: PositiveInt = 1
+    data_parallel: PositiveInt = 1
+
+    def to_layout(self) -> Layout:
+        return Layout(
+            tp=self.tensor_parallel,
+            sp=self.sequence_parallel,
+            pp=self.pipeline_parallel,
+            vpp=self.virtual_pipeline_parallel,
+            cp=self.context_parallel,
+            ep=self.expert_parallel,
+            dp=self.data_parallel,
+        )
+
+
+class RolloutConfig(Section):
+    engines: PositiveInt = Field(1, description="Number of vLLM servers started on this host.")
+    tensor_parallel: PositiveInt = Field(1, description="Tensor-parallel size of each server.")
+    max_tokens: PositiveInt = Field(1024, description="Longest response, tokens (the paper's L_max).")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature; training divides its logits by it too.")
+    seeded: bool = Field(False, description="Give every request a seed made of run.seed, prompt and sample: repeatable runs.")
+    base_port: int | None = Field(None, description="Engine i listens on base_port + i; None picks free ports.")
+    memory_utilization: float = Field(0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only).")
+    cpu_kv_cache_gib: PositiveInt = Field(1, description="KV cache of each server, GiB (CPU only).")
+    max_concurrency: PositiveInt = Field(256, description="Sequences one engine runs at once.")
+    start_timeout_s: float = Field(300, gt=0, description="How long a server may take to become healthy.")
+    request_timeout_s: float = Field(3600, gt=0, description="How long one generate request may take.")
+    max_restarts: int = Field(2, ge=0, description="How often a dead engine is restarted before the run stops.")
+    extra_args: list[str] = Field([], description="More arguments for the vLLM server, as on its command line.")
+
+
+class SamplingConfig(Section):
+    prompts_per_step: PositiveInt = Field(512, description="K: informative groups each step trains on.")
+    samples_per_prompt: int = Field(16, ge=2, description="G: completions of each prompt.")
+    dynamic: bool = Field(True, description="Dynamic sampling; false accepts every group.")
+    low: float = Field(0.0, ge=0, le=1, description="A group is informative if low < accuracy < high.")
+    high: float = Field(1.0, ge=0, le=1)
+    inclusive: bool = Field(False, description="low <= accuracy <= high instead.")
+    adaptive: bool = Field(False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies.")
+    max_prompts: PositiveInt | None = Field(None, description="Most prompts sampled in one step; default 10 x prompts_per_step.")
+    on_cap: Literal["error", "train_smaller_batch"] = Field("error", description="What to do when max_prompts is reached.")
+    max_age: int = Field(1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy.")
+
+    @property
+    def prompt_cap(self) -> int:
+        return self.max_prompts or 10 * self.prompts_per_step
+
+
+class RewardConfig(Section):
+    verifier: str = Field("dapo", description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'.")
+    workers: PositiveInt = Field(1, description="Grading processes.")
+    timeout_s: float = Field(10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong.")
+    overlong_cache: int = Field(0, ge=0, description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off.")
+    overlong_filter: bool = Field(False, description="Mask truncated samples out of the loss.")
+
+
+class ObjectiveConfig(Section):
+    eps_low: float = Field(0.2, gt=0, lt=1)
+    eps_high: float = Field(0.28, gt=0)
+    dual_clip: float | None = Field(10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off.")
+    advantage: Literal["std", "none"] = Field("std", description="Divide by the group's sample standard deviation, or not.")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0, description="Where a cosine decay ends.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    warmup_updates: int = Field(0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
+    decay: Literal["constant", "cosine"] = "constant"
+    decay_updates: PositiveInt | None = Field(None, description="Updates over which cosine decays; required for cosine.")
+    distributed: bool = Field(True, description="Shard the optimizer state over data-parallel ranks.")
+
+
+class BatchConfig(Section):
+    updates_per_step: PositiveInt = Field(1, description="Optimizer updates made of one rollout batch.")
+    max_tokens: PositiveInt = Field(16384, description="Token budget of one packed micro-batch.")
+
+
+class DataConfig(Section):
+    path: str | None = Field(None, description="JSONL or Parquet file, one problem a row.")
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    template: str = Field("{prompt}", description="Text around the problem; must hold {prompt}.")
+    chat: bool = Field(False, description="Wrap the text as a user message in the tokenizer's chat template.")
+    few_shot: list[dict[str, str]] = Field([], description="Worked examples {prompt, response} put before each problem (chat only).")
+    max_prompt_tokens: PositiveInt = Field(2048, description="Longer prompts are counted and skipped.")
+    shuffle: bool = True
+    epochs: PositiveInt | None = Field(None, description="Passes over the data before the run ends; None: until run.max_steps.")
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    resume: str = Field("auto", description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder.")
+    export_hf: bool = Field(True, description="Write a Hugging Face checkpoint with tokenizer when the run ends.")
+
+
+class EvaluationConfig(Section):
+    path: str | None = Field(None, description="Held-out problems, same format as data.path; None: no evaluation.")
+    every_steps: int = Field(0, ge=0, description="Evaluate after this many steps; 0: only before the first and after the last.")
+    samples: PositiveInt = Field(1, description="Completions of each problem; the accuracy is their mean (avg@k).")
+    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class ReportConfig(Section):
+    rollouts: bool = Field(True, description="Save every step's groups to rollouts/, so that tools/replay.py can train on them.")
+    tensorboard: bool = False
+    wandb: bool = Field(False, description="Log to wandb; offline without an API key.")
+    wandb_project: str = "megatron_dapo"
+
+
+class RunSection(Section):
+    dir: str = Field("runs/dapo", description="Everything the run writes is in here.")
+    max_steps: PositiveInt = 100
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    verify_sync: bool = Field(False, description="After every weight push compare digests of every parameter inside the engines.")
+
+
+SECTIONS = "model layout rollout sampling reward objective optimizer batch data checkpoint evaluation report run".split()
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    layout: LayoutConfig = LayoutConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    report: ReportConfig = ReportConfig()
+    run: RunSection = RunSection()
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+        """Read a YAML file, apply `section.key=value` overrides in order, validate. ValueError names key, value, rule and remedy."""
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"no configuration file at {path}")
+        try:
+            for item in overrides:
+                if "=" not in item or item.startswith("-"):
+                    raise ValueError(f"override {item!r} is not of the form section.key=value")
+            tree = OmegaConf.merge(OmegaConf.load(path) if path else OmegaConf.create(), OmegaConf.from_dotlist(list(overrides)))
+            values = OmegaConf.to_container(tree, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ValueError(f"cannot read the configuration {path or ''}: {error}") from error
+        return cls.make(values)
+
+    @classmethod
+    def make(cls, values: Any) -> RunConfig:
+        """Validate a plain dictionary of sections."""
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            raise ValueError("configuration: " + "; ".join(_explain(e) for e in error.errors())) from error
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Rules between fields; raises ValueError before any process starts."""
+        layout, sampling = self.layout.to_layout(), self.sampling
+        for key, value in (
+            ("context_parallel", layout.cp),
+            ("expert_parallel", layout.ep),
+            ("virtual_pipeline_parallel", layout.vpp or 1),
+        ):
+            if value > 1:
+                raise ValueError(f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism")
+        num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
+        parts = self.batch.updates_per_step * layout.dp
+        if num_samples % parts:
+            raise ValueError(
+                f"sampling.prompts_per_step x sampling.samples_per_prompt = {num_samples} samples do not divide into "
+                f"batch.updates_per_step={self.batch.updates_per_step} x layout.data_parallel={layout.dp}; change one of the four"
+            )
+        if sampling.low > sampling.high or (sampling.low == sampling.high and not sampling.inclusive):
+            raise ValueError(f"sampling.low={sampling.low} leaves nothing below sampling.high={sampling.high}; lower it")
+        if sampling.prompt_cap < sampling.prompts_per_step:
+            raise ValueError(
+                f"sampling.max_prompts={sampling.max_prompts} is below sampling.prompts_per_step={sampling.prompts_per_step}; raise it"
+            )
+        if self.reward.overlong_cache > self.rollout.max_tokens:
+            raise ValueError(
+                f"reward.overlong_cache={self.reward.overlong_cache} exceeds rollout.max_tokens={self.rollout.max_tokens}; lower it"
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
+        if self.batch.max_tokens < longest:
+            raise ValueError(
+                f"batch.max_tokens={self.batch.max_tokens} is below the longest possible sample, data.max_prompt_tokens + "
+                f"rollout.max_tokens = {longest}; raise it to at least {longest}"
+            )
+        if "{prompt}" not in self.data.template:
+            raise ValueError(f"data.template={self.data.template!r} must hold {{prompt}}, where the problem goes")
+        if self.data.few_shot and not self.data.chat:
+            raise ValueError("data.few_shot needs data.chat=true; put the examples into data.template otherwise")
+        if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
+            raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; `RunConfig.load` of it gives an equal RunConfig."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+
+def valid_keys() -> list[str]:
+    """Every `section.key`."""
+    return [f"{name}.{key}" for name in SECTIONS for key in RunConfig.model_fields[name].annotation.model_fields]  # type: ignore[union-attr]
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        names = valid_keys() if "." in where else SECTIONS
+        nearest = difflib.get_close_matches(where, names, n=1, cutoff=0.0)[0]
+        return f"unknown key {where}; did you mean {nearest}?"
+    if error["type"] == "missing":
+        return f"{where} is required"
+    return f"{where}={error['input']!r}: {error['msg']}"

@@ -1,0 +1,80 @@
+"""Layout: how ranks are arranged. Pure arithmetic; no process group is touched here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Sizes of every parallel dimension. Ranks are ordered as Megatron-Core orders them: tp fastest, then cp, dp, pp."""
+
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    dp: int = 1
+    sp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "cp", "ep", "pp", "dp"):
+            if (size := getattr(self, name)) < 1:
+                raise ValueError(f"layout.{name}={size} must be at least 1")
+        if self.sp and self.tp == 1:
+            raise ValueError("layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank nothing is split")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp * self.pp * self.dp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return Coordinates(tp=tp, cp=cp, dp=dp, pp=pp)
+
+    def rank(self, at: Coordinates) -> int:
+        return ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+
+    def check_world_size(self, world_size: int) -> None:
+        if world_size != self.world_size:
+            raise ValueError(
+                f"{world_size} ranks were started but layout needs tensor_parallel {self.tp} x context_parallel {self.cp} x "
+                f"pipeline_parallel {self.pp} x data_parallel {self.dp} = {self.world_size}; change the layout or the number of processes"
+            )
+
+    def check_model(self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int) -> None:
+        """Refuse a model that this layout cannot split evenly."""
+        for name, size in (
+            ("attention heads", num_heads),
+            ("key/value heads", num_kv_heads),
+            ("hidden size", hidden_size),
+            ("MLP size", ffn_size),
+        ):
+            if size % self.tp:
+                raise ValueError(
+                    f"layout.tensor_parallel={self.tp} does not divide the model's {size} {name}; "
+                    f"use one of {[d for d in range(1, size + 1) if size % d == 0 and d <= 64]}"
+                )
+        stages = self.pp * (self.vpp or 1)
+        if num_layers % stages:
+            raise ValueError(
+                f"layout.pipeline_parallel={self.pp} (x virtual {self.vpp or 1}) does not divide the model's {num_layers} layers; "
+                f"use one of {[d for d in range(1, num_layers + 1) if num_layers % d == 0]} stages"
+            )
+
+    def describe(self) -> str:
+        parts = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
+        parts += [f"cp{self.cp}"] * (self.cp > 1) + [f"ep{self.ep}"] * (self.ep > 1) + [f"vpp{self.vpp}"] * bool(self.vpp)
+        return " x ".join(parts) + (" + sequence parallel" if self.sp else "")
