@@ -1,0 +1,171 @@
+"""Hugging Face checkpoints: what the model is, reading slices of its tensors, writing a new checkpoint beside its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SUPPORTED = {"Qwen2ForCausalLM": True, "LlamaForCausalLM": False}  # architecture -> bias on q, k, v unless the config says so
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HFModel:
+    """Sizes and options of a decoder-only model, read from config.json."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    norm_eps: float
+    rope_theta: float
+    rope_factor: float | None
+    max_positions: int
+    eos_token_ids: tuple[int, ...]
+
+
+def resolve_folder(model: str) -> Path:
+    """A local folder, or the snapshot folder of a hub name (downloaded on first use)."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.count("/") != 1 or model.startswith("."):
+        raise ValueError(f"model.path={model!r} is neither a folder nor a hub name (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:
+        raise ValueError(
+            f"model.path={model!r} is not a folder here and could not be fetched from the hub: {error}; give a local folder"
+        ) from error
+
+
+def read_model(folder: Path) -> HFModel:
+    """Read config.json; ValueError for a missing tokenizer or a model this package cannot train, before anything is loaded."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model.path={folder} has no config.json; it must be a Hugging Face checkpoint folder")
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"model.path={folder} has no tokenizer (tokenizer.json); save one there with tokenizer.save_pretrained")
+    config = json.loads(file.read_text())
+    architecture = (config.get("architectures") or ["none"])[0]
+    if architecture not in SUPPORTED:
+        raise ValueError(f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(SUPPORTED))}")
+    if config.get("use_sliding_window"):
+        raise ValueError(f"model.path={folder}: use_sliding_window=true is not supported; set it to false in config.json")
+    if config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"model.path={folder}: only hidden_act=silu without mlp_bias is supported")
+    if architecture == "LlamaForCausalLM" and config.get("attention_bias"):
+        raise ValueError(f"model.path={folder}: attention_bias=true (a bias on o_proj too) is not supported for Llama")
+    heads = config["num_attention_heads"]
+    theta, factor = _rope(config, folder)
+    generation = folder / "generation_config.json"
+    eos = (json.loads(generation.read_text()) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    return HFModel(
+        architecture=architecture,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        ffn_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=SUPPORTED[architecture],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=theta,
+        rope_factor=factor,
+        max_positions=config["max_position_embeddings"],
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    )
+
+
+def _rope(config: Mapping[str, Any], folder: Path) -> tuple[float, float | None]:
+    """Base and, for Llama 3's scaling, factor. Both spellings of config.json (before and since transformers 5) are read."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    fixed = (rope.get("low_freq_factor"), rope.get("high_freq_factor"), rope.get("original_max_position_embeddings"))
+    if kind == "llama3" and fixed == (1.0, 4.0, 8192):
+        return theta, float(rope["factor"])
+    raise ValueError(f"model.path={folder}: rope scaling {rope} is not supported; supported: none, and llama3 with factors 1, 4, 8192")
+
+
+class CheckpointReader:
+    """Slices of the tensors of a safetensors checkpoint, read lazily (memory-mapped)."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").is_file():
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ValueError(f"model.path={folder} has no model.safetensors; convert the checkpoint to safetensors first")
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+
+    def read(self, name: str, dim: int, start: int, size: int) -> torch.Tensor:
+        """name[start : start + size] along `dim`. ValueError names a missing tensor and the folder."""
+        if name not in self._file_of:
+            raise ValueError(f"checkpoint {self._folder} has no tensor {name!r}; is config.json of the same model?")
+        file = self._file_of[name]
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt")
+        whole = self._files[file].get_slice(name)
+        return whole[start : start + size] if dim == 0 else whole[:, start : start + size]
+
+
+def write_shard(folder: Path, number: int, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write one safetensors file of a checkpoint; returns its name."""
+    name = f"model-{number:05d}.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
+    return name
+
+
+def finish_checkpoint(folder: Path, source: Path, weight_map: Mapping[str, str], total_bytes: int, dtype: str) -> None:
+    """Write the index and copy configuration and tokenizer of `source`; the stored dtype is corrected in config.json."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for file in _side_files(source):
+        shutil.copy(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _side_files(source: Path) -> Iterable[Path]:
+    """Everything but weights: configuration, generation defaults, tokenizer, chat template, licence."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in {".json", ".jinja", ".txt", ".model"} and not file.name.endswith(".index.json"):
+            yield file
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in its place, so that readers see the old or the new one, whole."""
+    old = final.with_name(final.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(temporary, final)
+    shutil.rmtree(old, ignore_errors=True)

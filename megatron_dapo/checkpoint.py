@@ -1,0 +1,123 @@
+"""Everything a run needs to continue exactly: model, optimizer, schedule, random state, and what the controller knows.
+
+`<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load it) and `run.pt`, the
+controller's part. A folder gets its name only when it is whole, so a crash while saving leaves the previous one usable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_dapo.policy.optimizer import load_optimizer
+from megatron_dapo.policy.step import Policy
+
+_NAME = re.compile(r"step_(\d{6})$")
+_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}  # loads at any data-parallel size, same tensor and pipeline size
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; the previous one is untouched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The controller's part of a checkpoint, taken between two steps."""
+
+    step: int
+    prompts: dict[str, Any]
+    collector: dict[str, Any]
+
+
+def find(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to continue from. `resume` is 'auto', 'never' or a folder; ValueError when that folder is not one."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = _complete(run_dir / "checkpoints")
+        return found[-1] if found else None
+    folder = Path(resume)
+    if not (folder / "run.pt").is_file():
+        raise ValueError(f"checkpoint.resume={resume} is no complete checkpoint (it has no run.pt); use 'auto', 'never' or a step_* folder")
+    return folder
+
+
+def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Path:
+    """Collective. Write a checkpoint of the step, then delete all but the newest `keep`.
+
+    `state` is given on rank 0. SaveFailed on all ranks when any rank could not write.
+    """
+    place = policy.place
+    told: list[Any] = [state.step if state else None]
+    dist.broadcast_object_list(told, src=0, group=place.control)
+    final = (run_dir / "checkpoints" / f"step_{told[0]:06d}").resolve()
+    temporary = final.with_name(final.name + ".tmp")
+    error: Exception | None = None
+    try:
+        if place.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    except OSError as failure:
+        error = failure
+    _agree(error, temporary, place)
+    try:
+        dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
+        if place.rank == 0:
+            torch.save({"state": state, "rng": torch.get_rng_state(), "num_updates": policy.num_updates}, temporary / "run.pt")
+    except Exception as failure:  # whatever layer reports a full disk, the run must learn which folder and what to do
+        error = failure
+    _agree(error, temporary, place)
+    if place.rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        for old in _complete(run_dir / "checkpoints")[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier(group=place.control)
+    return final
+
+
+@torch.no_grad()
+def load(folder: Path, policy: Policy) -> RunState:
+    """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on every rank)."""
+    sharded = _sharded_state(policy, is_loading=True)
+    loaded = dist_checkpointing.load(sharded, str(folder.resolve()))
+    policy.chunk.module.load_state_dict(loaded["model"])
+    load_optimizer(policy.optimizer, loaded["optimizer"])
+    policy.schedule.load_state_dict(loaded["schedule"])
+    rest = torch.load(folder / "run.pt", weights_only=False)
+    torch.set_rng_state(rest["rng"])
+    policy.num_updates = rest["num_updates"]
+    return rest["state"]
+
+
+def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
+    model = policy.chunk.module.sharded_state_dict()
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
+    return {"model": policy.chunk.module.sharded_state_dict(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if _NAME.search(p.name) and (p / "run.pt").is_file())
+
+
+def _agree(error: Exception | None, temporary: Path, place: Any) -> None:
+    """Raise on every rank if any rank has an error."""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group=place.control)
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
+    if failed:
+        if place.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveFailed(
+            f"could not save {temporary.with_suffix('')} ({'; '.join(failed)[:2000]}); free space on that disk or set run.dir, then resume; "
+            "the previous checkpoint is untouched"
+        ) from error

@@ -1,0 +1,118 @@
+"""The CPU backend: what Megatron-Core needs to run unmodified without CUDA, over gloo.
+
+Three things: a small shim for calls that hard-code `cuda`, an RMSNorm that sequence parallelism accepts, and causal attention
+over packed sequences (Megatron's own packed attention lives in TransformerEngine, which needs a GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every device argument that names CUDA means the CPU while this mode is on."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and device is not _CPU and (isinstance(device, int) or torch.device(device).type == "cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # gradient clipping asserts torch.cuda.FloatTensor
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+
+
+class _Stream:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Event:
+        return _Event()
+
+
+def install() -> None:
+    """Put the shim in place for the rest of this process. Only call it where no CUDA device will be used."""
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda *args: None
+    torch.cuda.synchronize = lambda *args: None
+    torch.cuda.current_stream = lambda *args: _Stream()  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
+    _CudaMeansCpu().__enter__()
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked so that Megatron sums its weight gradient over sequence-parallel ranks."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention inside each packed sequence; query, key and value are [T, heads, head_dim].
+
+    Sequences of similar length are put side by side, padded on the right (a causal query never sees later keys), and go
+    through one `scaled_dot_product_attention` call, so cost grows with the tokens and not with the pack squared.
+    """
+
+    def __init__(self, config: Any, layer_number: int, **kwargs: Any) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise ValueError("attention_dropout is not supported on CPU; reinforcement learning runs without dropout")
+
+    def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedSeqParams, **kwargs: Any):
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        repeat = query.shape[1] // key.shape[1]
+        out = torch.zeros_like(query)
+        for rows_BL, valid_BL in _buckets(bounds):
+            q, k, v = (x[rows_BL].transpose(1, 2) for x in (query, key, value))
+            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeat > 1)
+            out = out.index_put((rows_BL[valid_BL],), attended.transpose(1, 2)[valid_BL])
+        return out.flatten(1)
+
+
+def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Sequences grouped so that padding at most doubles a group: token indices [B, L] (padding repeats the last) and validity."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if end > start:
+            groups.setdefault(max(32, end - start - 1).bit_length(), []).append((start, end))
+    found = []
+    for members in groups.values():
+        starts, ends = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
+        offsets = starts + torch.arange(int((ends - starts).max()))
+        found.append((torch.minimum(offsets, ends - 1), offsets < ends))
+    return found
+
+
+def layer_spec() -> ModuleSpec:
+    """Megatron's local transformer layer with the two modules above."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec

@@ -1,0 +1,92 @@
+"""Megatron's optimizer and learning-rate schedule from OptimizerConfig. The schedule counts optimizer updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_dapo.config import OptimizerConfig
+
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+
+def _set_states_and_keep_step(self: DistributedOptimizer, model_param: Any, tensors: dict[str, Any]) -> None:
+    """torch's AdamW counts its steps per parameter, and Megatron restores that count apart from the sharded state; 0.16 to
+    0.19 then miss it here. Keeping what was already restored makes a resharding load work without TransformerEngine or apex."""
+    group, order = self.model_param_group_index_map[model_param]
+    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+    _set_states(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
+
+
+if USING_PYTORCH_OPTIMIZER:
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
+
+
+def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str) -> Any:
+    """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded."""
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=dtype == "bf16",
+            params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
+            use_distributed_optimizer=config.distributed,
+        ),
+        [chunk],
+    )
+    if USING_PYTORCH_OPTIMIZER:
+        _allocate_state(optimizer)
+    return optimizer
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Give torch's AdamW its state before the first step: Megatron can neither save nor load it otherwise."""
+    for parameter, state in _torch_states(optimizer):
+        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
+    """Megatron's load, after which torch's AdamW counts the steps of every parameter on its own again: Megatron leaves one
+    shared counter, which each update would advance once per parameter."""
+    optimizer.load_state_dict(state_dict)
+    if USING_PYTORCH_OPTIMIZER:
+        for _, state in _torch_states(optimizer):
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+
+
+def _torch_states(optimizer: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter, part.optimizer.state[parameter]
+
+
+def build_schedule(config: OptimizerConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up to `lr` at update `warmup_updates`, then constant or cosine to `min_lr`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_updates,
+        lr_decay_steps=max(config.decay_updates or 0, config.warmup_updates + 1),
+        lr_decay_style=config.decay,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
