@@ -3,8 +3,9 @@
 
     python examples/make_arithmetic.py --out .cache/arithmetic
 
-Made for SmolLM2-135M with three worked examples: mostly one-digit sums and differences, which it gets right some of the time, and some
-two-digit ones, which it mostly gets wrong. The same arguments always write the same files.
+Made for SmolLM2-135M with three worked examples, at temperature 1: it gets most one-digit problems right most of the time and
+two-digit ones some of the time, so that many groups are mixed. Half of the rows are one-digit: nearly all that exist, which is
+why the files are small. The same arguments always write the same files.
 """
 
 from __future__ import annotations
@@ -16,37 +17,53 @@ from pathlib import Path
 from made_folder import make_folder, write_jsonl
 
 VERSION = 1  # raise it when the files change, so that old caches are rebuilt
+NUM_TRAIN, NUM_EVAL = 240, 64  # half of each is one-digit
 
-Problem = tuple[int, str, int]
-
-
-def one_digit() -> list[Problem]:
-    """Sums of two one-digit numbers and differences that are not negative: 155 problems."""
-    return [(a, sign, b) for a in range(10) for b in range(10) for sign in "+-" if sign == "+" or a >= b]
+Problem = tuple[int, str, int]  # left, "+" or "-", right
 
 
-def two_digit() -> list[Problem]:
-    """The same with at least one two-digit number: 12,840 problems."""
-    numbers = range(100)
-    return [(a, s, b) for a in numbers for b in numbers for s in "+-" if max(a, b) > 9 and (s == "+" or a >= b)]
+def problems(low: int, high: int) -> list[Problem]:
+    """Sums and non-negative differences of numbers from `low` up to `high`, which is excluded."""
+    numbers = range(low, high)
+    return [(a, sign, b) for a in numbers for b in numbers for sign in "+-" if sign == "+" or a >= b]
 
 
-def split(seed: int, num_train: int, num_eval: int, easy: float) -> tuple[list[Problem], list[Problem]]:
-    """Disjoint train and evaluation problems, of which the share `easy` is one-digit; train repeats those, for there are only 155."""
+def split_problems(seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, evaluation): disjoint, without repeats, half one-digit and half from 10 to 49."""
     rng = random.Random(f"arithmetic/{seed}")
-    small, large = one_digit(), two_digit()
-    rng.shuffle(small)
-    rng.shuffle(large)
-    num_small = round(num_eval * easy)
-    if num_small > len(small) // 2:
-        raise ValueError(f"--eval {num_eval} with --easy {easy} wants {num_small} of {len(small)} one-digit problems; lower --eval or --easy")
-    held_out = small[:num_small] + large[: num_eval - num_small]
-    small, large = small[num_small:], large[num_eval - num_small :]
-    train = [rng.choice(small) if rng.random() < easy else rng.choice(large) for _ in range(num_train)]
+    train: list[Problem] = []
+    held_out: list[Problem] = []
+    for pool in (problems(0, 10), problems(10, 50)):
+        rng.shuffle(pool)
+        held_out += pool[: NUM_EVAL // 2]
+        train += pool[NUM_EVAL // 2 : (NUM_EVAL + NUM_TRAIN) // 2]
+    rng.shuffle(train)
     rng.shuffle(held_out)
     return train, held_out
 
 
-def row(problem: Problem) -> dict[str, str]:
-    a, sign, b = problem
-    return {"prompt": f"What is {a} {sign} {b}?", "answer": str(a + b if sign == "+" else a - b)}
+def rows(problems: list[Problem]) -> list[dict[str, str]]:
+    return [{"prompt": f"What is {a} {s} {b}?", "answer": str(a + b if s == "+" else a - b)} for a, s, b in problems]
+
+
+def build(folder: Path, seed: int) -> None:
+    train, held_out = split_problems(seed)
+    write_jsonl(folder / "train.jsonl", rows(train))
+    write_jsonl(folder / "eval.jsonl", rows(held_out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        make_folder(args.out, {"script": "make_arithmetic", "version": VERSION, "seed": args.seed}, lambda f: build(f, args.seed))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

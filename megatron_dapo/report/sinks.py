@@ -24,8 +24,8 @@ SHOWN = {
     "accuracy/mean": "accuracy {:.3f}",
     "reward/mean": "reward {:+.3f}",
     "eval/accuracy": "eval {:.3f}",
-    "loss": "loss {:+.4g}",
-    "grad_norm": "grad norm {:.4g}",
+    "policy/loss": "loss {:+.4g}",
+    "policy/grad_norm": "grad norm {:.4g}",
     "response/length_mean": "length {:.1f}",
     "time/step": "{:.1f} s",
 }

@@ -145,7 +145,9 @@ class Collector:
         rate = max(self._pass_rate, 1 / self.config.prompts_per_step)
         missing = math.ceil((self.config.prompts_per_step - informative) / rate) - in_flight
         # A carried group counts only when every prompt before it is known.
-        missing = max(missing, sum(prompt.position < self._slots[-1].prompt.position for prompt in self._waiting) if self._slots else 0)
+        missing = max(
+            missing, sum(prompt.position < self._slots[-1].prompt.position for prompt in self._waiting) if self._slots else 0
+        )
         launched = []
         for _ in range(min(missing, self.config.prompt_cap - self._launched)):
             prompt = self._waiting.popleft() if self._waiting else self.prompts.next()

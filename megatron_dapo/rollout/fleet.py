@@ -13,47 +13,49 @@ from megatron_dapo.rollout.engine import Engine, EngineDied
 from megatron_dapo.rollout.launch import EngineServer
 from megatron_dapo.types import Completion
 
+DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # read by bridge/vllm_plugin.py
+
 
 class Fleet:
     """The vLLM servers of this host and a client for each. Lives on the controller rank only."""
 
     def __init__(self, config: RunConfig, *, model: Path, max_model_len: int, stop_token_ids: Sequence[int]) -> None:
-        rollout = config.rollout
-        self._rollout = rollout
+        self._rollout = config.rollout
         self._stop_token_ids = tuple(stop_token_ids)
-        token = secrets.token_urlsafe(16)
+        self._token = secrets.token_urlsafe(16)
+        run_dir = Path(config.run.dir).resolve()
+        self.digest_dirs = [run_dir / "digests" / f"engine_{i}" for i in range(config.rollout.engines)]
         self.servers = [
             EngineServer(
-                index=index,
-                model=str(model),
-                rollout=rollout,
-                dtype=config.model.dtype,
-                max_model_len=max_model_len,
-                run_dir=Path(config.run.dir),
-                token=token,
-                seed=config.run.seed,
-                extra_env=_digest_env(config, index),
+                index,
+                str(model),
+                config.rollout,
+                config.model.dtype,
+                max_model_len,
+                run_dir,
+                self._token,
+                config.run.seed,
+                extra_env={DIGEST_VARIABLE: str(digests)} if config.run.verify_sync else None,
             )
-            for index in range(rollout.engines)
+            for index, digests in enumerate(self.digest_dirs)
         ]
-        self._token = token
-        self._engines: list[Engine | None] = [None] * rollout.engines
-        self._load = [0] * rollout.engines
-        self._restarts_left = rollout.max_restarts
+        self._engines: list[Engine | None] = [None] * len(self.servers)
+        self._broken: set[int] = set()
+        self._load = [0] * len(self.servers)
+        self._restarts_left = config.rollout.max_restarts
 
     def start(self) -> None:
-        """Start every server; ready after `wait_healthy`. ValueError for a port in use."""
+        """Start every server; they are ready after `connect`. ValueError for a port in use."""
         for server in self.servers:
             server.start()
 
-    async def wait_healthy(self) -> None:
-        """Wait for every server and open its client. EngineDied quotes the log of one that does not come up."""
+    async def connect(self) -> None:
+        """Wait until every server is healthy and open its client. EngineDied quotes the log of one that does not come up."""
         await asyncio.gather(*(server.wait_healthy(self._rollout.start_timeout_s) for server in self.servers))
         for index, server in enumerate(self.servers):
             if self._engines[index] is None:
-                engine = Engine(server.url, self._token, self._rollout.request_timeout_s)
-                await engine.init_weight_transfer({})
-                self._engines[index] = engine
+                engine = self._engines[index] = Engine(server.url, self._token, self._rollout.request_timeout_s)
+                await engine.init_weight_transfer()
 
     async def generate(
         self, prompt_tokens: Sequence[int], *, n: int, temperature: float, top_p: float, seed: int | None, weight_version: int
@@ -61,8 +63,7 @@ class Fleet:
         """`n` completions of one prompt from the least loaded engine. EngineDied when that engine is gone."""
         index = min(range(len(self._load)), key=self._load.__getitem__)
         engine = self._engines[index]
-        if engine is None:
-            raise EngineDied(f"engine {index} is not running")
+        assert engine is not None, "connect() comes first"
         self._load[index] += n
         try:
             return await engine.generate(
@@ -75,52 +76,56 @@ class Fleet:
                 weight_version=weight_version,
                 stop_token_ids=self._stop_token_ids,
             )
+        except TimeoutError:
+            self._broken.add(index)
+            raise
         finally:
             self._load[index] -= n
 
-    async def restart_dead(self) -> list[int]:
-        """Restart every engine that died; their weights are those of the model folder until the next push.
+    async def on_all(self, call: Callable[[Engine], Awaitable[Any]]) -> None:
+        """Make one call on every engine at once. EngineDied when one is gone; `restart_dead` replaces it."""
+        results = await asyncio.gather(*(call(engine) for engine in self._engines if engine), return_exceptions=True)
+        for index, result in enumerate(results):
+            if isinstance(result, BaseException):
+                self._broken.add(index)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
-        EngineDied with the log's end when rollout.max_restarts is used up.
+    async def restart_dead(self) -> list[int]:
+        """Restart every engine that died or failed; until the next push its weights are those of the model folder.
+
+        EngineDied when rollout.max_restarts is used up.
         """
-        dead = [i for i, server in enumerate(self.servers) if server.poll() is not None or not await self._healthy(i)]
+        dead = [index for index in range(len(self.servers)) if index in self._broken or not await self._works(index)]
         for index in dead:
             server = self.servers[index]
             if self._restarts_left == 0:
                 raise EngineDied(
-                    f"engine {index} died and rollout.max_restarts={self._rollout.max_restarts} is used up; see {server.log_path}"
+                    f"engine {index} died and rollout.max_restarts={self._rollout.max_restarts} is used up.\n{server.log_tail()}"
                 )
             self._restarts_left -= 1
-            await self._close_client(index)
-            server.stop()
+            await self._disconnect(index)
+            await asyncio.to_thread(server.stop)
             server.start()
-        await self.wait_healthy()
+        self._broken.clear()
+        await self.connect()
         return dead
-
-    async def push(self, step: Callable[[Engine], Awaitable[Any]]) -> None:
-        """Run one weight-update call on every engine at once. EngineDied when one is gone."""
-        await asyncio.gather(*(step(engine) for engine in self._engines if engine is not None))
 
     async def close(self) -> None:
         """Close the clients and stop the servers."""
         for index in range(len(self._engines)):
-            await self._close_client(index)
+            await self._disconnect(index)
         await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self.servers))
 
-    async def _healthy(self, index: int) -> bool:
+    async def _works(self, index: int) -> bool:
         engine = self._engines[index]
         try:
-            return engine is not None and await engine.health()
-        except (EngineDied, RuntimeError):
+            return self.servers[index].poll() is None and engine is not None and await engine.health()
+        except EngineDied:
             return False
 
-    async def _close_client(self, index: int) -> None:
+    async def _disconnect(self, index: int) -> None:
         engine, self._engines[index] = self._engines[index], None
         if engine is not None:
             await engine.close()
-
-
-def _digest_env(config: RunConfig, index: int) -> dict[str, str]:
-    if not config.run.verify_sync:
-        return {}
-    return {"MEGATRON_DAPO_DIGEST_DIR": str((Path(config.run.dir) / "digests" / f"engine_{index}").resolve())}

@@ -30,7 +30,7 @@ def steps(run_dir) -> list[int]:
 def record(run_dir, first: int, last: int, resume_step: int | None) -> None:
     reporter = make_reporter(run_dir, resume_step)
     for step in range(first, last):
-        reporter.record(step, {"loss": step / 3})
+        reporter.record(step, {"policy/loss": step / 3})
     reporter.close()
 
 
@@ -39,13 +39,13 @@ def record(run_dir, first: int, last: int, resume_step: int | None) -> None:
 
 def test_every_step_is_on_disk_at_once_and_exact(tmp_path):
     reporter = make_reporter(tmp_path / "run")
-    reporter.record(0, {"loss": 0.1 + 0.2, "bad": math.nan, "worse": -math.inf})
+    reporter.record(0, {"policy/loss": 0.1 + 0.2, "bad": math.nan, "worse": -math.inf})
     line = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert line.endswith("\n") and "NaN" not in line
-    assert json.loads(line) == {"step": 0, "loss": 0.1 + 0.2, "bad": None, "worse": None}
+    assert json.loads(line) == {"step": 0, "policy/loss": 0.1 + 0.2, "bad": None, "worse": None}
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', '{"step": 6, "loss": 1.0}'])
+@pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', '{"step": 6, "policy/loss": 1.0}'])
 def test_resuming_drops_the_steps_that_run_again(tmp_path, tail):
     record(tmp_path, 0, 6, None)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -63,13 +63,13 @@ def test_a_cut_last_line_is_dropped_even_after_the_resumed_step(tmp_path):
 
 
 def test_a_complete_last_line_without_its_end_is_kept(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "policy/loss": 1.0}')
     record(tmp_path, 1, 2, 1)
     assert steps(tmp_path) == [0, 1]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"loss": 1}\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"policy/loss": 1}\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
         make_reporter(tmp_path, 2)
 
@@ -97,8 +97,8 @@ def test_a_step_is_recorded_once_and_in_order(tmp_path):
 # --- console ---------------------------------------------------------------------------------------------------------
 
 METRICS = {
-    "loss": -0.00123456,
-    "grad_norm": 1.5,
+    "policy/loss": -0.00123456,
+    "policy/grad_norm": 1.5,
     "time/step": 12.34,
     "response/length_mean": 245.2,
     "accuracy/mean": 0.5,
@@ -111,7 +111,7 @@ def test_the_line_of_a_step():
     assert sinks.step_line(3, METRICS) == (
         "step 3 | accuracy 0.500 | reward -0.250 | loss -0.001235 | grad norm 1.5 | length 245.2 | 12.3 s"
     )
-    assert sinks.step_line(4, {"eval/accuracy": 0.25, "loss": math.nan}) == "step 4 | eval 0.250 | loss +nan"
+    assert sinks.step_line(4, {"eval/accuracy": 0.25, "policy/loss": math.nan}) == "step 4 | eval 0.250 | loss +nan"
 
 
 def test_plain_lines_are_rare_and_hold_no_control_codes(tmp_path, monkeypatch):
@@ -168,11 +168,11 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     for first, last, resume_step, value in ((0, 5, None, 1.0), (3, 6, 3, 2.0)):
         reporter = make_reporter(tmp_path, resume_step, tensorboard=True)
         for step in range(first, last):
-            reporter.record(step, {"loss": value})
+            reporter.record(step, {"policy/loss": value})
         reporter.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
 class FakeWandb(types.ModuleType):
@@ -203,13 +203,13 @@ def test_wandb_is_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypatc
         monkeypatch.setenv("WANDB_API_KEY", key)
     for resume_step in (None, 1, None):
         reporter = make_reporter(tmp_path / "run", resume_step, wandb=True, wandb_project="mine")
-        reporter.record(resume_step or 0, {"loss": 0.5})
+        reporter.record(resume_step or 0, {"policy/loss": 0.5})
         reporter.close()
     first, resumed, fresh = wandb.calls
     assert first["mode"] == mode and first["project"] == "mine" and first["name"] == "run"
     assert first["config"]["model"]["path"] == "tiny"
     assert resumed["id"] == first["id"] != fresh["id"]
-    assert wandb.logged == [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.5}, {"step": 0, "loss": 0.5}]
+    assert wandb.logged == [{"step": 0, "policy/loss": 0.5}, {"step": 1, "policy/loss": 0.5}, {"step": 0, "policy/loss": 0.5}]
     assert wandb.finished == 3
 
 

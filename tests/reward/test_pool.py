@@ -117,8 +117,9 @@ async def test_time_out_is_per_response_not_per_group(tmp_path, monkeypatch):
 
 
 async def test_what_a_killed_verifier_started_is_killed_too(pool):
-    assert await pool.grade(["hang with a child"], "98765") == [TIMEOUT]
-    assert wait_until(lambda: not processes(lambda command, _: command.strip() == "sleep 98765"))
+    seconds = f"{10_000_000 + os.getpid()}"  # a command line of this run alone
+    assert await pool.grade(["hang with a child"], seconds) == [TIMEOUT]
+    assert wait_until(lambda: not processes(lambda command, _: command.strip() == f"sleep {seconds}"))
 
 
 async def test_crash_costs_one_response(pool, caplog):
@@ -145,8 +146,9 @@ async def test_exception_is_an_error_and_its_first_traceback_is_logged_once(pool
     assert "Traceback" in caplog.text and logged in caplog.text
 
 
-async def test_verifier_may_print_and_read_stdin(pool, capfd):
-    assert await pool.grade(["print", "7"], "7") == [WRONG, RIGHT]
+async def test_verifier_may_print_and_read_stdin(capfd):
+    with GradingPool(CHECK, workers=1, timeout_s=5) as pool:  # started under the capture, to inherit it
+        assert await pool.grade(["print", "7"], "7") == [WRONG, RIGHT]
     assert capfd.readouterr().out == ""
 
 
@@ -227,7 +229,11 @@ def test_workers_die_with_a_parent_that_is_killed():
         parent.kill()
         parent.wait()
         parent.stderr.close()
-    assert wait_until(lambda: not alive(workers)), f"{alive(workers)} outlived their parent"
+    wait_until(lambda: not alive(workers))
+    survivors = alive(workers)
+    for pid in survivors:  # a failing test must not leave processes that compute for ever
+        os.kill(pid, signal.SIGKILL)
+    assert survivors == []
 
 
 def test_forgotten_pool_ends_with_the_interpreter():

@@ -1,0 +1,29 @@
+"""Accuracy on held-out problems, over the same engines and verifier as training."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_dapo.types import Group, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """avg@k: the mean over problems of the fraction of their k completions that is right."""
+
+    accuracy: float
+    num_problems: int
+    length_mean: float
+
+
+async def evaluate(prompts: Sequence[Prompt], sample: Callable[[Prompt], Awaitable[Group]]) -> Evaluation:
+    """Sample and grade every problem at once; the engines queue what they cannot run."""
+    groups = await asyncio.gather(*(sample(prompt) for prompt in prompts))
+    lengths = [len(completion.tokens) for group in groups for completion in group.completions]
+    return Evaluation(
+        accuracy=sum(group.accuracy for group in groups) / len(groups),
+        num_problems=len(groups),
+        length_mean=sum(lengths) / len(lengths),
+    )

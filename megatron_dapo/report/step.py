@@ -1,0 +1,53 @@
+"""The metrics of one step, under their public names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+import psutil
+
+from megatron_dapo.rollout.collect import Collected
+from megatron_dapo.types import StepResult
+
+COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window", "carried", "carried_over", "expired")
+COUNTS += ("surplus_dropped", "aborted")
+STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
+
+
+def step_metrics(
+    collected: Collected, result: StepResult, clock: Mapping[str, float], reward_seconds: float, num_updates: int
+) -> dict[str, float]:
+    """Everything a step reports, as plain numbers: fractions, tokens, nats, seconds, GiB.
+
+    `accuracy/mean` is over every group sampled in the step, informative or not; `reward/mean` and `response/*` are over the
+    groups trained on. `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
+    """
+    completions = [c for group in collected.groups for c in group.completions]
+    lengths = [len(c.tokens) for c in completions]
+    sampled = collected.sampled or collected.groups
+    metrics: dict[str, float] = {
+        "update": num_updates,
+        "lr": result.lr,
+        "reward/mean": fmean(r for group in collected.groups for r in group.rewards),
+        "accuracy/mean": fmean(group.accuracy for group in sampled),
+        "response/length_mean": fmean(lengths),
+        "response/length_max": max(lengths),
+        "response/truncated": fmean(c.truncated for c in completions),
+        "policy/loss": result.loss,
+        "policy/grad_norm": result.grad_norm,
+        "policy/entropy": result.metrics["entropy"],
+        "policy/clip_low": result.metrics["clip_low"],
+        "policy/clip_high": result.metrics["clip_high"],
+        "policy/kl_old": result.metrics["kl_old"],
+        "policy/rollout_logprob_gap": result.metrics["gap"],
+        "policy/rollout_logprob_gap_max": result.metrics["gap_max"],
+        "policy/micro_batches": result.num_micro_batches,
+        "tokens/trained": result.num_tokens,
+        "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),
+        "time/reward": reward_seconds,
+        "memory/rss": psutil.Process().memory_info().rss / 2**30,
+    }
+    metrics |= {f"sampling/{name}": collected.counts.get(name, 0) for name in COUNTS}
+    metrics |= {f"time/{name}": clock.get(name, 0.0) for name in STAGES}
+    return metrics

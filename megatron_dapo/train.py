@@ -1,0 +1,184 @@
+"""The command line: python -m megatron_dapo.train CONFIG.yaml [section.key=value ...] [--dry-run]
+
+Started plainly it checks everything that can be checked cheaply, then starts the ranks on this host through torchrun's launcher
+API. Started under torchrun it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_dapo.config import RunConfig
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_dapo.train", description=__doc__)
+    parser.add_argument("config", nargs="?", help="YAML file; without it everything comes from the overrides")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, the layout and the processes, and stop")
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(f"unknown option {rest[0]!r}")
+    try:
+        path, overrides = options.config, list(options.overrides)
+        if path and "=" in path:
+            path, overrides = None, [path, *overrides]
+        config = RunConfig.load(path, overrides)
+        if "RANK" in os.environ:
+            return run_rank(config)
+        if options.dry_run:
+            check(config)
+            print(describe(config))
+            return 0
+        return launch(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be wrong about model, layout, data and verifier, before any process starts. ValueError."""
+    from megatron_dapo.bridge.hf import read_model, resolve_folder
+    from megatron_dapo.data.prompts import load_rows
+    from megatron_dapo.reward.math import load_verifier
+
+    model = read_model(resolve_folder(config.model.path))
+    config.layout.to_layout().check_model(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        hidden_size=model.hidden_size,
+        ffn_size=model.ffn_size,
+    )
+    if config.rollout.tensor_parallel > model.num_kv_heads or model.num_heads % config.rollout.tensor_parallel:
+        raise ValueError(
+            f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the model's {model.num_heads} heads "
+            f"({model.num_kv_heads} key/value heads); lower it"
+        )
+    data = config.data
+    if data.path is None:
+        raise ValueError("data.path is required: a .jsonl or .parquet file of problems (tools/download_data.py makes one)")
+    load_rows(data.path, data.prompt_key, data.answer_key)
+    if config.evaluation.path is not None:
+        load_rows(config.evaluation.path, data.prompt_key, data.answer_key, "evaluation.path")
+    load_verifier(config.reward.verifier)
+
+
+def on_cpu(config: RunConfig) -> bool:
+    """Whether ranks compute on the CPU. ValueError when run.device=cuda cannot be had."""
+    import torch
+
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda but torch sees no GPU; use run.device=cpu or install the GPU stack (requirements.txt)")
+    return config.run.device == "cpu" or not torch.cuda.is_available()
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved configuration, the layout and the processes a run would start."""
+    layout, rollout = config.layout.to_layout(), config.rollout
+    return (
+        f"{config.dump()}\n"
+        f"# layout: {layout.describe()} = {layout.world_size} policy ranks\n"
+        f"# processes: {layout.world_size} policy ranks (rank 0 is the controller), {rollout.engines} vLLM servers of tensor-parallel "
+        f"size {rollout.tensor_parallel}, {config.reward.workers} grading workers\n"
+        f"# per step: {config.sampling.prompts_per_step} groups of {config.sampling.samples_per_prompt} samples, "
+        f"{config.batch.updates_per_step} updates"
+    )
+
+
+def launch(config: RunConfig) -> int:
+    """Check, write `<run.dir>/config.yaml`, start the ranks on this host, wait; returns the exit status.
+
+    SIGTERM and Ctrl-C are passed on once: the ranks then save a checkpoint and end.
+    """
+    check(config)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    cpu = on_cpu(config)
+    run_dir = Path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / "config.yaml"
+    file.write_text(config.dump())
+    world = config.layout.to_layout().world_size
+    if cpu:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the two below are ours
+    previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id="megatron_dapo",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "megatron_dapo.train", str(file))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above. Logs: {run_dir / 'logs'}", file=sys.stderr)
+        return 1
+    finally:
+        for sign, handler in previous.items():
+            signal.signal(sign, handler)
+    return 0
+
+
+def run_rank(config: RunConfig) -> int:
+    """One rank, inside torchrun's environment. It dies with its parent."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all; the Controller replaces this there
+        signal.signal(sign, lambda *_: None)
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    import torch
+
+    cpu = on_cpu(config)
+    if cpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    from megatron_dapo.policy import parallel
+    from megatron_dapo.trainer import EXPECTED, Trainer
+
+    try:
+        Trainer(config, on_cpu=cpu).run()
+    except EXPECTED as error:
+        if os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if os.environ["RANK"] == "0" or "onnection closed by peer" not in str(error):
+            raise
+        return 1  # another rank has failed and said why
+    parallel.stop()
+    return 0
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """Send the signal to the ranks, which are this process's children."""
+    import psutil
+
+    for child in psutil.Process().children():
+        child.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
