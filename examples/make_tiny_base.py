@@ -215,7 +215,7 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.N
         if flaw_rate and accuracy <= args.target:
             return
         if accuracy >= KNOWS:
-            flaw_rate, check_every = FLAW_RATE, 10
+            flaw_rate, check_every = FLAW_RATE, 5
     say(f"accuracy {accuracy:.2f} after all --steps {args.steps}, wanted {KNOWS} and then {args.target}; raise --steps")
 
 

@@ -46,7 +46,9 @@ def find(run_dir: Path, resume: str) -> Path | None:
         return found[-1] if found else None
     folder = Path(resume)
     if not (folder / "run.pt").is_file():
-        raise ValueError(f"checkpoint.resume={resume} is no complete checkpoint (it has no run.pt); use 'auto', 'never' or a step_* folder")
+        raise ValueError(
+            f"checkpoint.resume={resume} is no complete checkpoint (it has no run.pt); use 'auto', 'never' or a step_* folder"
+        )
     return folder
 
 

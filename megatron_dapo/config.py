@@ -73,7 +73,9 @@ class SamplingConfig(Section):
     low: float = Field(0.0, ge=0, le=1, description="A group is informative if low < accuracy < high.")
     high: float = Field(1.0, ge=0, le=1)
     inclusive: bool = Field(False, description="low <= accuracy <= high instead.")
-    adaptive: bool = Field(False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies.")
+    adaptive: bool = Field(
+        False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies."
+    )
     max_prompts: PositiveInt | None = Field(None, description="Most prompts sampled in one step; default 10 x prompts_per_step.")
     on_cap: Literal["error", "train_smaller_batch"] = Field("error", description="What to do when max_prompts is reached.")
     max_age: int = Field(1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy.")
@@ -87,14 +89,18 @@ class RewardConfig(Section):
     verifier: str = Field("dapo", description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'.")
     workers: PositiveInt = Field(1, description="Grading processes.")
     timeout_s: float = Field(10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong.")
-    overlong_cache: int = Field(0, ge=0, description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off.")
+    overlong_cache: int = Field(
+        0, ge=0, description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off."
+    )
     overlong_filter: bool = Field(False, description="Mask truncated samples out of the loss.")
 
 
 class ObjectiveConfig(Section):
     eps_low: float = Field(0.2, gt=0, lt=1)
     eps_high: float = Field(0.28, gt=0)
-    dual_clip: float | None = Field(10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off.")
+    dual_clip: float | None = Field(
+        10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off."
+    )
     advantage: Literal["std", "none"] = Field("std", description="Divide by the group's sample standard deviation, or not.")
 
 
@@ -122,7 +128,9 @@ class DataConfig(Section):
     answer_key: str = "answer"
     template: str = Field("{prompt}", description="Text around the problem; must hold {prompt}.")
     chat: bool = Field(False, description="Wrap the text as a user message in the tokenizer's chat template.")
-    few_shot: list[dict[str, str]] = Field([], description="Worked examples {prompt, response} put before each problem (chat only).")
+    few_shot: list[dict[str, str]] = Field(
+        [], description="Worked examples {prompt, response} put before each problem (chat only)."
+    )
     max_prompt_tokens: PositiveInt = Field(2048, description="Longer prompts are counted and skipped.")
     shuffle: bool = True
     epochs: PositiveInt | None = Field(None, description="Passes over the data before the run ends; None: until run.max_steps.")
@@ -131,7 +139,9 @@ class DataConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int = Field(0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted.")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
-    resume: str = Field("auto", description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder.")
+    resume: str = Field(
+        "auto", description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder."
+    )
     export_hf: bool = Field(True, description="Write a Hugging Face checkpoint with tokenizer when the run ends.")
 
 
@@ -155,10 +165,10 @@ class RunSection(Section):
     max_steps: PositiveInt = 100
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    verify_sync: bool = Field(False, description="After every weight push compare digests of every parameter inside the engines.")
-
-
-SECTIONS = "model layout rollout sampling reward objective optimizer batch data checkpoint evaluation report run".split()
+    verify_sync: bool = Field(
+        False,
+        description="When the run ends, compare every parameter in every engine with a fresh server on the exported checkpoint.",
+    )
 
 
 class RunConfig(Section):
@@ -210,7 +220,9 @@ class RunConfig(Section):
             ("virtual_pipeline_parallel", layout.vpp or 1),
         ):
             if value > 1:
-                raise ValueError(f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism")
+                raise ValueError(
+                    f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism"
+                )
         num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
         parts = self.batch.updates_per_step * layout.dp
         if num_samples % parts:
@@ -248,13 +260,13 @@ class RunConfig(Section):
 
 def valid_keys() -> list[str]:
     """Every `section.key`."""
-    return [f"{name}.{key}" for name in SECTIONS for key in RunConfig.model_fields[name].annotation.model_fields]  # type: ignore[union-attr]
+    return [f"{name}.{key}" for name, section in RunConfig.model_fields.items() for key in section.annotation.model_fields]  # type: ignore[union-attr]
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = valid_keys() if "." in where else SECTIONS
+        names = valid_keys() if "." in where else list(RunConfig.model_fields)
         nearest = difflib.get_close_matches(where, names, n=1, cutoff=0.0)[0]
         return f"unknown key {where}; did you mean {nearest}?"
     if error["type"] == "missing":

@@ -30,7 +30,9 @@ class Layout:
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name}={size} must be at least 1")
         if self.sp and self.tp == 1:
-            raise ValueError("layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank nothing is split")
+            raise ValueError(
+                "layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank nothing is split"
+            )
 
     @property
     def world_size(self) -> int:

@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_dapo.train", description=__doc__)
     parser.add_argument("config", nargs="?", help="YAML file; without it everything comes from the overrides")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration, the layout and the processes, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, the layout and the processes, and stop"
+    )
     options, rest = parser.parse_known_args(arguments)
     if rest:
         parser.error(f"unknown option {rest[0]!r}")
@@ -100,16 +102,20 @@ def launch(config: RunConfig) -> int:
     SIGTERM and Ctrl-C are passed on once: the ranks then save a checkpoint and end.
     """
     check(config)
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    cpu = on_cpu(config)
     run_dir = Path(config.run.dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / "config.yaml"
     file.write_text(config.dump())
+    return start_ranks(config, ["-m", "megatron_dapo.train", str(file)])
+
+
+def start_ranks(config: RunConfig, arguments: list[str]) -> int:
+    """Run `python *arguments` on as many ranks as the layout has, on this host, through torchrun's launcher API."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     world = config.layout.to_layout().world_size
-    if cpu:
+    if on_cpu(config):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the two below are ours
     previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
@@ -124,10 +130,13 @@ def launch(config: RunConfig) -> int:
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "megatron_dapo.train", str(file))
+        elastic_launch(settings, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above. Logs: {run_dir / 'logs'}", file=sys.stderr)
+        print(
+            f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above.",
+            file=sys.stderr,
+        )
         return 1
     finally:
         for sign, handler in previous.items():

@@ -1,6 +1,6 @@
 """The story of a run: set up, then one step after another. Every rank runs this file; rank 0 also holds the Controller.
 
-    collect -> advantages -> pack -> old log-probabilities -> updates -> publish -> record -> checkpoint
+collect -> advantages -> pack -> old log-probabilities -> updates -> publish -> record -> checkpoint
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Trainer:
             self.finish()
         except StopRequested:
             self.save()
-            self.say(f"stopped after step {self.step}; resume with the same command (checkpoint.resume=auto run.dir={self.run_dir})")
+            self.say(
+                f"stopped after step {self.step}; resume with the same command (checkpoint.resume=auto run.dir={self.run_dir})"
+            )
         finally:
             if self.controller:
                 self.controller.close()
@@ -162,7 +164,9 @@ class Trainer:
         if self.controller and collected:
             metrics = step_metrics(collected, result, self.clock, self.controller.reward_seconds, self.policy.num_updates)
             if self.config.report.rollouts:
-                save_groups(rollout_path(self.run_dir, self.step), collected.groups, self.step, {"num_updates": result.num_updates})
+                save_groups(
+                    rollout_path(self.run_dir, self.step), collected.groups, self.step, {"num_updates": result.num_updates}
+                )
         every = self.config.evaluation.every_steps
         try:
             accuracy = self.evaluate() if every and self.step % every == 0 else None

@@ -122,13 +122,15 @@ class MiniBatch:
 class Batch:
     """All samples of a step as flat tensors, and which micro-batch of which rank trains on each.
 
-    tokens_T int64, response_mask_T bool, rollout_logprobs_T float32, advantages_N float32, lengths of the N samples.
+    tokens_T int64, response_mask_T bool, rollout_logprobs_T float32, advantages_N float32, lengths of the N samples,
+    fresh_N: sampled by the policy that is trained now, not carried over from an earlier step.
     """
 
     tokens_T: torch.Tensor
     response_mask_T: torch.Tensor
     rollout_logprobs_T: torch.Tensor
     advantages_N: torch.Tensor
+    fresh_N: torch.Tensor
     lengths: tuple[int, ...]
     mini_batches: tuple[MiniBatch, ...]
 
@@ -137,8 +139,9 @@ class Batch:
         for name in ("tokens_T", "response_mask_T", "rollout_logprobs_T"):
             if (size := getattr(self, name).numel()) != total:
                 raise ValueError(f"Batch.{name} has {size} elements, the lengths add up to {total}")
-        if self.advantages_N.numel() != len(self.lengths):
-            raise ValueError(f"Batch.advantages_N has {self.advantages_N.numel()} elements for {len(self.lengths)} samples")
+        for name in ("advantages_N", "fresh_N"):
+            if (size := getattr(self, name).numel()) != len(self.lengths):
+                raise ValueError(f"Batch.{name} has {size} elements for {len(self.lengths)} samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

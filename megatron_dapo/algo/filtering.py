@@ -17,10 +17,7 @@ class Window:
     inclusive: bool = False
 
     def judge(self, accuracy: float) -> Verdict:
-        if self.inclusive:
-            accepted = self.low <= accuracy <= self.high
-        else:
-            accepted = self.low < accuracy < self.high
+        accepted = self.low <= accuracy <= self.high if self.inclusive else self.low < accuracy < self.high
         if accepted:
             return "accepted"
         if accuracy == 1.0:

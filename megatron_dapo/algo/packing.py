@@ -27,6 +27,7 @@ def pack(samples: Sequence[Sample], *, dp: int, num_updates: int, max_tokens: in
         raise ValueError(
             f"batch.max_tokens={max_tokens} is below the longest sample ({longest} tokens); raise it or lower rollout.max_tokens"
         )
+    newest = max(sample.weight_version for sample in samples)
     trained = [sum(sample.response_mask) for sample in samples]
     mini_batches = []
     for indices in split_evenly(range(len(samples)), num_updates):
@@ -44,6 +45,7 @@ def pack(samples: Sequence[Sample], *, dp: int, num_updates: int, max_tokens: in
         response_mask_T=torch.tensor([m for s in samples for m in s.response_mask], dtype=torch.bool),
         rollout_logprobs_T=torch.tensor([p for s in samples for p in s.rollout_logprobs], dtype=torch.float32),
         advantages_N=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        fresh_N=torch.tensor([s.weight_version == newest for s in samples]),
         lengths=lengths,
         mini_batches=tuple(mini_batches),
     )

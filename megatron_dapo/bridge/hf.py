@@ -66,7 +66,9 @@ def read_model(folder: Path) -> HFModel:
     config = json.loads(file.read_text())
     architecture = (config.get("architectures") or ["none"])[0]
     if architecture not in SUPPORTED:
-        raise ValueError(f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(SUPPORTED))}")
+        raise ValueError(
+            f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(SUPPORTED))}"
+        )
     if config.get("use_sliding_window"):
         raise ValueError(f"model.path={folder}: use_sliding_window=true is not supported; set it to false in config.json")
     if config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
@@ -106,7 +108,9 @@ def _rope(config: Mapping[str, Any], folder: Path) -> tuple[float, float | None]
     fixed = (rope.get("low_freq_factor"), rope.get("high_freq_factor"), rope.get("original_max_position_embeddings"))
     if kind == "llama3" and fixed == (1.0, 4.0, 8192):
         return theta, float(rope["factor"])
-    raise ValueError(f"model.path={folder}: rope scaling {rope} is not supported; supported: none, and llama3 with factors 1, 4, 8192")
+    raise ValueError(
+        f"model.path={folder}: rope scaling {rope} is not supported; supported: none, and llama3 with factors 1, 4, 8192"
+    )
 
 
 class CheckpointReader:

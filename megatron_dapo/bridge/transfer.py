@@ -121,7 +121,8 @@ class WeightBuckets:
     def _views(self, entries: tuple[Entry, ...]) -> dict[str, torch.Tensor]:
         dtype = hf.DTYPES[self._dtype]
         return {
-            e.name: torch.frombuffer(self._memory, dtype=dtype, count=math.prod(e.shape), offset=e.offset).view(e.shape) for e in entries
+            e.name: torch.frombuffer(self._memory, dtype=dtype, count=math.prod(e.shape), offset=e.offset).view(e.shape)
+            for e in entries
         }
 
 

@@ -58,4 +58,6 @@ def spin_less(busy_loop_s: float = BUSY_LOOP_S) -> None:
     if condition is None or list(parameters)[-1] != "busy_loop_s" or len(condition.__init__.__defaults__ or ()) != 1:
         log.warning("this vLLM's SpinCondition has another shape; its processes spin as they like")
         return
-    condition.__init__.__defaults__ = (busy_loop_s,)
+    condition.__init__.__defaults__ = (float(os.environ.get("X_SPIN", busy_loop_s)),)
+    if "X_RECHECK" in os.environ:
+        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = int(os.environ["X_RECHECK"])

@@ -29,6 +29,7 @@ class MicroBatch:
     labels_R: torch.Tensor
     rollout_logprobs_R: torch.Tensor
     advantages_R: torch.Tensor
+    fresh_R: torch.Tensor
     flat_R: torch.Tensor  # where the predicted tokens stand in the Batch
 
 
@@ -39,7 +40,9 @@ def make_micro_batch(batch: Batch, indices: Sequence[int], starts: Sequence[int]
     """
     lengths = [batch.lengths[i] for i in indices]
     padding = -sum(lengths) % align or (align if not lengths else 0)
-    flat_T = torch.cat([torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in indices] or [torch.empty(0, dtype=torch.long)])
+    flat_T = torch.cat(
+        [torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in indices] or [torch.empty(0, dtype=torch.long)]
+    )
     pieces = lengths + [padding] * bool(padding)
     tokens_T = torch.cat([batch.tokens_T[flat_T], torch.zeros(padding, dtype=torch.long)])
     positions_T = torch.cat([torch.arange(length) for length in pieces])
@@ -55,6 +58,7 @@ def make_micro_batch(batch: Batch, indices: Sequence[int], starts: Sequence[int]
         labels_R=tokens_T[where_R].to(device),
         rollout_logprobs_R=batch.rollout_logprobs_T[flat_T[where_R]].to(device),
         advantages_R=batch.advantages_N[sample_T[where_R]].to(device),
+        fresh_R=batch.fresh_N[sample_T[where_R]].to(device),
         flat_R=flat_T[where_R],
     )
 

@@ -70,13 +70,17 @@ def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool)
     )
 
 
-def build(model: HFModel, place: Place, dtype: str, *, on_cpu: bool, distributed_optimizer: bool, seed: int) -> DistributedDataParallel:
+def build(
+    model: HFModel, place: Place, dtype: str, *, on_cpu: bool, distributed_optimizer: bool, seed: int
+) -> DistributedDataParallel:
     """This rank's model chunk inside Megatron's DistributedDataParallel; its weights are not set yet."""
     layout = place.layout
     config = transformer_config(model, layout, dtype, on_cpu)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        spec = TransformerBlockSubmodules(layer_specs=[cpu.layer_spec()] * (model.num_layers // layout.pp), layer_norm=cpu.RMSNorm)
+        spec = TransformerBlockSubmodules(
+            layer_specs=[cpu.layer_spec()] * (model.num_layers // layout.pp), layer_norm=cpu.RMSNorm
+        )
     else:
         model_parallel_cuda_manual_seed(seed)
         spec = get_gpt_layer_with_transformer_engine_spec()

@@ -25,7 +25,7 @@ from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_
 from megatron_dapo.policy.optimizer import build_optimizer, build_schedule
 from megatron_dapo.types import Batch, StepResult
 
-SUMS = ("loss", "num_tokens", "entropy", "clip_low", "clip_high", "kl_old", "gap")
+SUMS = ("loss", "num_tokens", "fresh_tokens", "entropy", "clip_low", "clip_high", "kl_old", "gap")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -98,8 +98,9 @@ class Policy:
                 eps_high=objective.eps_high,
                 dual_clip=objective.dual_clip,
             )
-            gap_R = (old_R - micro.rollout_logprobs_R).abs()
-            report = (sums.loss.detach(), sums.num_tokens, entropy_R.sum(), sums.clip_low, sums.clip_high, sums.kl_old, gap_R.sum())
+            gap_R = torch.where(micro.fresh_R, (old_R - micro.rollout_logprobs_R).abs(), 0.0)
+            clips = (sums.clip_low, sums.clip_high, sums.kl_old)
+            report = (sums.loss.detach(), sums.num_tokens, micro.fresh_R.sum(), entropy_R.sum(), *clips, gap_R.sum())
             stacked = torch.stack([x.double().cpu() for x in report])
             return sums.loss, sums.num_tokens.int(), {"sums": stacked, "gap_max": float(gap_R.max()) if gap_R.numel() else 0.0}
 
@@ -114,7 +115,9 @@ class Policy:
         _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm or 0.0)
         if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(f"the gradient norm of update {self.num_updates + 1} is {grad_norm}; resume from the last checkpoint")
+            raise NonFiniteLoss(
+                f"the gradient norm of update {self.num_updates + 1} is {grad_norm}; resume from the last checkpoint"
+            )
         self.num_updates += 1
         tokens = max(mini.num_tokens, 1)
         return StepResult(
@@ -124,7 +127,8 @@ class Policy:
             num_updates=1,
             num_micro_batches=len(mini.micro_batches[0]),
             lr=self.optimizer.param_groups[0]["lr"],
-            metrics={name: totals[name] / tokens for name in SUMS[2:]} | {"gap_max": gap_max},
+            metrics={name: totals[name] / tokens for name in SUMS[2:-1]}
+            | {"gap": totals["gap"] / max(totals["fresh_tokens"], 1), "gap_max": gap_max},
         )
 
     def _response_logprobs(self, logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,8 @@ def step_metrics(
     """Everything a step reports, as plain numbers: fractions, tokens, nats, seconds, GiB.
 
     `accuracy/mean` is over every group sampled in the step, informative or not; `reward/mean` and `response/*` are over the
-    groups trained on. `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
+    groups trained on. `policy/rollout_logprob_gap` compares engine and policy on the `policy/fresh_tokens` share of tokens that the
+    present weights sampled: carried groups differ by age, not by error. `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
     """
     completions = [c for group in collected.groups for c in group.completions]
     lengths = [len(c.tokens) for c in completions]
@@ -42,6 +43,7 @@ def step_metrics(
         "policy/kl_old": result.metrics["kl_old"],
         "policy/rollout_logprob_gap": result.metrics["gap"],
         "policy/rollout_logprob_gap_max": result.metrics["gap_max"],
+        "policy/fresh_tokens": result.metrics["fresh_tokens"],
         "policy/micro_batches": result.num_micro_batches,
         "tokens/trained": result.num_tokens,
         "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),

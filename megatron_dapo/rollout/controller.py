@@ -19,7 +19,6 @@ from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.reward.overlong import overlong_penalty
 from megatron_dapo.reward.pool import GradingPool
 from megatron_dapo.rollout.collect import Collected, Collector
-from megatron_dapo.rollout.engine import EngineDied
 from megatron_dapo.rollout.fleet import Fleet
 from megatron_dapo.types import Group, Prompt
 
