@@ -90,7 +90,7 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
 def load(folder: Path, policy: Policy) -> RunState:
     """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on every rank)."""
     sharded = _sharded_state(policy, is_loading=True)
-    loaded = dist_checkpointing.load(sharded, str(folder.resolve()))
+    loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
     policy.chunk.module.load_state_dict(loaded["model"])
     load_optimizer(policy.optimizer, loaded["optimizer"])
     policy.schedule.load_state_dict(loaded["schedule"])
@@ -101,9 +101,10 @@ def load(folder: Path, policy: Policy) -> RunState:
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    model = policy.chunk.module.sharded_state_dict()
+    module: Any = policy.chunk.module
+    model = module.sharded_state_dict()
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
-    return {"model": policy.chunk.module.sharded_state_dict(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+    return {"model": module.sharded_state_dict(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str = Field(description="Folder of a Hugging Face checkpoint with tokenizer, or a hub name.")
-    dtype: Literal["fp32", "bf16"] = Field("bf16", description="Compute type; bf16 keeps fp32 master weights.")
+    dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Compute type; bf16 keeps fp32 master weights.")
 
 
 class LayoutConfig(Section):
@@ -51,34 +51,40 @@ class LayoutConfig(Section):
 
 
 class RolloutConfig(Section):
-    engines: PositiveInt = Field(1, description="Number of vLLM servers started on this host.")
-    tensor_parallel: PositiveInt = Field(1, description="Tensor-parallel size of each server.")
-    max_tokens: PositiveInt = Field(1024, description="Longest response, tokens (the paper's L_max).")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature; training divides its logits by it too.")
-    seeded: bool = Field(False, description="Give every request a seed made of run.seed, prompt and sample: repeatable runs.")
-    base_port: int | None = Field(None, description="Engine i listens on base_port + i; None picks free ports.")
-    memory_utilization: float = Field(0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only).")
-    cpu_kv_cache_gib: PositiveInt = Field(1, description="KV cache of each server, GiB (CPU only).")
-    max_concurrency: PositiveInt = Field(256, description="Sequences one engine runs at once.")
-    start_timeout_s: float = Field(300, gt=0, description="How long a server may take to become healthy.")
-    request_timeout_s: float = Field(3600, gt=0, description="How long one generate request may take.")
-    max_restarts: int = Field(2, ge=0, description="How often a dead engine is restarted before the run stops.")
-    extra_args: list[str] = Field([], description="More arguments for the vLLM server, as on its command line.")
+    engines: PositiveInt = Field(default=1, description="Number of vLLM servers started on this host.")
+    tensor_parallel: PositiveInt = Field(default=1, description="Tensor-parallel size of each server.")
+    max_tokens: PositiveInt = Field(default=1024, description="Longest response, tokens (the paper's L_max).")
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature; training divides its logits by it too.")
+    seeded: bool = Field(
+        default=False, description="Give every request a seed made of run.seed, prompt and sample: repeatable runs."
+    )
+    base_port: int | None = Field(default=None, description="Engine i listens on base_port + i; None picks free ports.")
+    memory_utilization: float = Field(default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only).")
+    cpu_kv_cache_gib: PositiveInt = Field(default=1, description="KV cache of each server, GiB (CPU only).")
+    max_concurrency: PositiveInt = Field(default=256, description="Sequences one engine runs at once.")
+    start_timeout_s: float = Field(default=300, gt=0, description="How long a server may take to become healthy.")
+    request_timeout_s: float = Field(default=3600, gt=0, description="How long one generate request may take.")
+    max_restarts: int = Field(default=2, ge=0, description="How often a dead engine is restarted before the run stops.")
+    extra_args: list[str] = Field(default=[], description="More arguments for the vLLM server, as on its command line.")
 
 
 class SamplingConfig(Section):
-    prompts_per_step: PositiveInt = Field(512, description="K: informative groups each step trains on.")
-    samples_per_prompt: int = Field(16, ge=2, description="G: completions of each prompt.")
-    dynamic: bool = Field(True, description="Dynamic sampling; false accepts every group.")
-    low: float = Field(0.0, ge=0, le=1, description="A group is informative if low < accuracy < high.")
-    high: float = Field(1.0, ge=0, le=1)
-    inclusive: bool = Field(False, description="low <= accuracy <= high instead.")
+    prompts_per_step: PositiveInt = Field(default=512, description="K: informative groups each step trains on.")
+    samples_per_prompt: int = Field(default=16, ge=2, description="G: completions of each prompt.")
+    dynamic: bool = Field(default=True, description="Dynamic sampling; false accepts every group.")
+    low: float = Field(default=0.0, ge=0, le=1, description="A group is informative if low < accuracy < high.")
+    high: float = Field(default=1.0, ge=0, le=1)
+    inclusive: bool = Field(default=False, description="low <= accuracy <= high instead.")
     adaptive: bool = Field(
-        False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies."
+        default=False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies."
     )
-    max_prompts: PositiveInt | None = Field(None, description="Most prompts sampled in one step; default 10 x prompts_per_step.")
-    on_cap: Literal["error", "train_smaller_batch"] = Field("error", description="What to do when max_prompts is reached.")
-    max_age: int = Field(1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy.")
+    max_prompts: PositiveInt | None = Field(
+        default=None, description="Most prompts sampled in one step; default 10 x prompts_per_step."
+    )
+    on_cap: Literal["error", "train_smaller_batch"] = Field(
+        default="error", description="What to do when max_prompts is reached."
+    )
+    max_age: int = Field(default=1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy.")
 
     @property
     def prompt_cap(self) -> int:
@@ -86,87 +92,97 @@ class SamplingConfig(Section):
 
 
 class RewardConfig(Section):
-    verifier: str = Field("dapo", description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'.")
-    workers: PositiveInt = Field(1, description="Grading processes.")
-    timeout_s: float = Field(10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong.")
-    overlong_cache: int = Field(
-        0, ge=0, description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off."
+    verifier: str = Field(
+        default="dapo", description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'."
     )
-    overlong_filter: bool = Field(False, description="Mask truncated samples out of the loss.")
+    workers: PositiveInt = Field(default=1, description="Grading processes.")
+    timeout_s: float = Field(default=10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong.")
+    overlong_cache: int = Field(
+        default=0, ge=0, description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off."
+    )
+    overlong_filter: bool = Field(default=False, description="Mask truncated samples out of the loss.")
 
 
 class ObjectiveConfig(Section):
-    eps_low: float = Field(0.2, gt=0, lt=1)
-    eps_high: float = Field(0.28, gt=0)
+    eps_low: float = Field(default=0.2, gt=0, lt=1)
+    eps_high: float = Field(default=0.28, gt=0)
     dual_clip: float | None = Field(
-        10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off."
+        default=10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off."
     )
-    advantage: Literal["std", "none"] = Field("std", description="Divide by the group's sample standard deviation, or not.")
+    advantage: Literal["std", "none"] = Field(
+        default="std", description="Divide by the group's sample standard deviation, or not."
+    )
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    min_lr: float = Field(0.0, ge=0, description="Where a cosine decay ends.")
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float = Field(default=0.0, ge=0, description="Where a cosine decay ends.")
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    warmup_updates: int = Field(0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
     decay: Literal["constant", "cosine"] = "constant"
-    decay_updates: PositiveInt | None = Field(None, description="Updates over which cosine decays; required for cosine.")
-    distributed: bool = Field(True, description="Shard the optimizer state over data-parallel ranks.")
+    decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
+    distributed: bool = Field(default=True, description="Shard the optimizer state over data-parallel ranks.")
 
 
 class BatchConfig(Section):
-    updates_per_step: PositiveInt = Field(1, description="Optimizer updates made of one rollout batch.")
-    max_tokens: PositiveInt = Field(16384, description="Token budget of one packed micro-batch.")
+    updates_per_step: PositiveInt = Field(default=1, description="Optimizer updates made of one rollout batch.")
+    max_tokens: PositiveInt = Field(default=16384, description="Token budget of one packed micro-batch.")
 
 
 class DataConfig(Section):
-    path: str | None = Field(None, description="JSONL or Parquet file, one problem a row.")
+    path: str | None = Field(default=None, description="JSONL or Parquet file, one problem a row.")
     prompt_key: str = "prompt"
     answer_key: str = "answer"
-    template: str = Field("{prompt}", description="Text around the problem; must hold {prompt}.")
-    chat: bool = Field(False, description="Wrap the text as a user message in the tokenizer's chat template.")
+    template: str = Field(default="{prompt}", description="Text around the problem; must hold {prompt}.")
+    chat: bool = Field(default=False, description="Wrap the text as a user message in the tokenizer's chat template.")
     few_shot: list[dict[str, str]] = Field(
-        [], description="Worked examples {prompt, response} put before each problem (chat only)."
+        default=[], description="Worked examples {prompt, response} put before each problem (chat only)."
     )
-    max_prompt_tokens: PositiveInt = Field(2048, description="Longer prompts are counted and skipped.")
+    max_prompt_tokens: PositiveInt = Field(default=2048, description="Longer prompts are counted and skipped.")
     shuffle: bool = True
-    epochs: PositiveInt | None = Field(None, description="Passes over the data before the run ends; None: until run.max_steps.")
+    epochs: PositiveInt | None = Field(
+        default=None, description="Passes over the data before the run ends; None: until run.max_steps."
+    )
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    every_steps: int = Field(default=0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted.")
+    keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
     resume: str = Field(
-        "auto", description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder."
+        default="auto", description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder."
     )
-    export_hf: bool = Field(True, description="Write a Hugging Face checkpoint with tokenizer when the run ends.")
+    export_hf: bool = Field(default=True, description="Write a Hugging Face checkpoint with tokenizer when the run ends.")
 
 
 class EvaluationConfig(Section):
-    path: str | None = Field(None, description="Held-out problems, same format as data.path; None: no evaluation.")
-    every_steps: int = Field(0, ge=0, description="Evaluate after this many steps; 0: only before the first and after the last.")
-    samples: PositiveInt = Field(1, description="Completions of each problem; the accuracy is their mean (avg@k).")
-    temperature: float = Field(1.0, ge=0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
+    path: str | None = Field(default=None, description="Held-out problems, same format as data.path; None: no evaluation.")
+    every_steps: int = Field(
+        default=0, ge=0, description="Evaluate after this many steps; 0: only before the first and after the last."
+    )
+    samples: PositiveInt = Field(default=1, description="Completions of each problem; the accuracy is their mean (avg@k).")
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class ReportConfig(Section):
-    rollouts: bool = Field(True, description="Save every step's groups to rollouts/, so that tools/replay.py can train on them.")
+    rollouts: bool = Field(
+        default=True, description="Save every step's groups to rollouts/, so that tools/replay.py can train on them."
+    )
     tensorboard: bool = False
-    wandb: bool = Field(False, description="Log to wandb; offline without an API key.")
+    wandb: bool = Field(default=False, description="Log to wandb; offline without an API key.")
     wandb_project: str = "megatron_dapo"
 
 
 class RunSection(Section):
-    dir: str = Field("runs/dapo", description="Everything the run writes is in here.")
+    dir: str = Field(default="runs/dapo", description="Everything the run writes is in here.")
     max_steps: PositiveInt = 100
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     verify_sync: bool = Field(
-        False,
+        default=False,
         description="When the run ends, compare every parameter in every engine with a fresh server on the exported checkpoint.",
     )
 
@@ -245,6 +261,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"batch.max_tokens={self.batch.max_tokens} is below the longest possible sample, data.max_prompt_tokens + "
                 f"rollout.max_tokens = {longest}; raise it to at least {longest}"
+            )
+        if self.run.verify_sync and not self.checkpoint.export_hf:
+            raise ValueError("run.verify_sync=true compares with the exported checkpoint; set checkpoint.export_hf=true")
+        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
+            raise ValueError(
+                f"evaluation.temperature=0 is greedy, so evaluation.samples={self.evaluation.samples} would all be equal; set it to 1"
             )
         if "{prompt}" not in self.data.template:
             raise ValueError(f"data.template={self.data.template!r} must hold {{prompt}}, where the problem goes")

@@ -26,12 +26,13 @@ from megatron_dapo.report.step import step_metrics
 from megatron_dapo.rollout.collect import Collected, SamplingCapReached
 from megatron_dapo.rollout.controller import Controller, StopRequested
 from megatron_dapo.rollout.engine import EngineDied
+from megatron_dapo.rollout.fleet import SyncMismatch
 from megatron_dapo.rollout.launch import EngineStartTimeout
 from megatron_dapo.types import Batch, StepResult
 
 T = TypeVar("T")
 # Ends of a run that explain themselves; the last checkpoint is intact in each case.
-EXPECTED = (ValueError, SamplingCapReached, EngineDied, EngineStartTimeout, NonFiniteLoss, checkpoint.SaveFailed)
+EXPECTED = (ValueError, SamplingCapReached, EngineDied, EngineStartTimeout, NonFiniteLoss, SyncMismatch, checkpoint.SaveFailed)
 
 
 class Trainer:
@@ -200,6 +201,9 @@ class Trainer:
         if self.config.checkpoint.export_hf:
             self.weights.export(self.run_dir / "hf", self.policy.folder)
             self.say(f"exported {self.run_dir / 'hf'}")
+        if self.config.run.verify_sync:
+            compared = self.with_engines(lambda controller: controller.verify(self.run_dir / "hf"))
+            self.say(f"verified: {compared} parameters in the engines equal those of a fresh server on the export")
         accuracy = self.evaluate()
         if accuracy is not None:
             self.say(f"held-out accuracy after step {self.step}: {accuracy:.3f}")
@@ -223,7 +227,7 @@ class Trainer:
                     outcome = ("push again", None)
             kind, value = self.share(outcome)
             if kind == "done":
-                return value
+                return value  # type: ignore[return-value]
             if kind == "stop":
                 raise StopRequested
             self.publish()

@@ -7,6 +7,7 @@ over packed sequences (Megatron's own packed attention lives in TransformerEngin
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def install() -> None:
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
+    # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _CudaMeansCpu().__enter__()
 
 

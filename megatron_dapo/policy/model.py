@@ -78,9 +78,8 @@ def build(
     config = transformer_config(model, layout, dtype, on_cpu)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        spec = TransformerBlockSubmodules(
-            layer_specs=[cpu.layer_spec()] * (model.num_layers // layout.pp), layer_norm=cpu.RMSNorm
-        )
+        layers = [cpu.layer_spec()] * (model.num_layers // layout.pp)
+        spec: Any = TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
     else:
         model_parallel_cuda_manual_seed(seed)
         spec = get_gpt_layer_with_transformer_engine_spec()

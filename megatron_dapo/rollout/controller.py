@@ -93,6 +93,9 @@ class Controller:
         self.finish(lambda: self.fleet.on_all(finish))
         self.weight_version = version
 
+    def verify(self, export: Path) -> int:
+        return self.run(lambda: self.fleet.verify(export, self.weight_version))
+
     def restart_engines(self) -> None:
         for index in self.finish(self.fleet.restart_dead):
             self.reporter.message(f"engine {index} was restarted; see {self.fleet.servers[index].log_path}")

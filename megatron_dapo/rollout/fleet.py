@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from megatron_dapo.types import Completion
 DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # read by bridge/vllm_plugin.py
 
 
+class SyncMismatch(RuntimeError):
+    """An engine does not hold the weights that were pushed to it."""
+
+
 class Fleet:
     """The vLLM servers of this host and a client for each. Lives on the controller rank only."""
 
@@ -24,21 +29,24 @@ class Fleet:
         self._stop_token_ids = tuple(stop_token_ids)
         self._token = secrets.token_urlsafe(16)
         run_dir = Path(config.run.dir).resolve()
-        self.digest_dirs = [run_dir / "digests" / f"engine_{i}" for i in range(config.rollout.engines)]
-        self.servers = [
-            EngineServer(
+        self._digests = run_dir / "digests"
+
+        def server(index: int, folder: Path, digests: str) -> EngineServer:
+            extra = {DIGEST_VARIABLE: str(self._digests / digests)} if config.run.verify_sync else None
+            return EngineServer(
                 index,
-                str(model),
+                str(folder),
                 config.rollout,
                 config.model.dtype,
                 max_model_len,
                 run_dir,
                 self._token,
                 config.run.seed,
-                extra_env={DIGEST_VARIABLE: str(digests)} if config.run.verify_sync else None,
+                extra,
             )
-            for index, digests in enumerate(self.digest_dirs)
-        ]
+
+        self.servers = [server(index, model, f"engine_{index}") for index in range(config.rollout.engines)]
+        self._fresh_server = lambda folder: server(len(self.servers), folder, "fresh")
         self._engines: list[Engine | None] = [None] * len(self.servers)
         self._broken: set[int] = set()
         self._load = [0] * len(self.servers)
@@ -111,6 +119,31 @@ class Fleet:
         self._broken.clear()
         await self.connect()
         return dead
+
+    async def verify(self, export: Path, version: int) -> int:
+        """Compare every parameter in every engine, by SHA-256 taken as loaded, with a fresh server on the exported checkpoint.
+
+        Needs run.verify_sync. Returns the number of parameters compared; SyncMismatch names those that differ.
+        """
+        fresh = self._fresh_server(export)
+        fresh.start()
+        try:
+            await fresh.wait_healthy(self._rollout.start_timeout_s)
+        finally:
+            await asyncio.to_thread(fresh.stop)
+        compared = 0
+        for rank in range(self._rollout.tensor_parallel):
+            expected = json.loads((self._digests / "fresh" / f"tp{rank}-load.json").read_text())
+            for index in range(len(self.servers)):
+                held = json.loads((self._digests / f"engine_{index}" / f"tp{rank}-v{version}.json").read_text())
+                wrong = sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name))
+                if wrong:
+                    raise SyncMismatch(
+                        f"after weight push {version}, engine {index} (tensor-parallel rank {rank}) differs from {export} in "
+                        f"{len(wrong)} of {len(expected)} parameters: {', '.join(wrong[:10])}"
+                    )
+                compared += len(expected)
+        return compared
 
     async def close(self) -> None:
         """Close the clients and stop the servers."""

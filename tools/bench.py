@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Benchmarks that print JSON.
+
+    python tools/bench.py step [--steps 8] [section.key=value ...]
+
+`step`: whole training steps (collect, grade, update, sync) of a 4M-parameter model with random weights: 32 prompts x 8 samples of
+20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps after the first two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_dapo.config import RunConfig
+from megatron_dapo.train import launch
+
+WARM_UP = 2  # first steps: caches, lazily built kernels
+
+
+def even_length(response: str, answer: str) -> bool:
+    """A verifier that random weights satisfy about half the time."""
+    return sum(map(ord, response)) % 2 == 0
+
+
+def step(options: argparse.Namespace) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="megatron_dapo_bench_") as scratch:
+        folder = Path(scratch)
+        make_model(folder / "model")
+        rows = [{"prompt": f"What is {a}+{b}?\n", "answer": str(a + b)} for a in range(10, 99) for b in range(10, 99)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        settings = {
+            "model.path": folder / "model",
+            "model.dtype": "fp32",
+            "layout.data_parallel": 2,
+            "rollout.max_tokens": 20,
+            "sampling.prompts_per_step": 32,
+            "sampling.samples_per_prompt": 8,
+            "sampling.dynamic": "false",
+            "reward.verifier": "bench:even_length",
+            "data.path": folder / "data.jsonl",
+            "data.max_prompt_tokens": 32,
+            "batch.max_tokens": 4096,
+            "checkpoint.export_hf": "false",
+            "run.dir": folder / "run",
+            "run.max_steps": options.steps + WARM_UP,
+        }
+        config = RunConfig.load(None, [f"{key}={value}" for key, value in settings.items()] + options.overrides)
+        with open(os.devnull, "w") as quiet:
+            stdout = os.dup(1)
+            os.dup2(quiet.fileno(), 1)  # the run's own lines; stdout carries the JSON only
+            try:
+                status = launch(config)
+            finally:
+                os.dup2(stdout, 1)
+        if status != 0:
+            raise SystemExit(status)
+        lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if line["step"] > WARM_UP]
+    medians = {key: round(statistics.median(line[key] for line in measured), 4) for key in measured[0] if key.startswith("time/")}
+    return {
+        **medians,
+        "tokens_per_step": statistics.median(line["tokens/generated"] for line in measured),
+        "steps": len(measured),
+        "cores": os.cpu_count(),
+    }
+
+
+def make_model(folder: Path) -> None:
+    """About 3.5M parameters, Qwen2 architecture, random weights, a character tokenizer."""
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    characters = ["<eos>", *map(chr, range(32, 127)), "\n"]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=98,
+        hidden_size=256,
+        intermediate_size=896,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        eos_token_id=97,  # beyond the tokenizer: every response has its full length
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    whole = commands.add_parser("step", help="whole training steps")
+    whole.add_argument("--steps", type=int, default=8)
+    whole.add_argument("overrides", nargs="*", metavar="section.key=value")
+    whole.set_defaults(run=step)
+    options = parser.parse_args()
+    print(json.dumps(options.run(options)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
