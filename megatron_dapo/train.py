@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -60,6 +61,11 @@ def check(config: RunConfig) -> None:
         hidden_size=model.hidden_size,
         ffn_size=model.ffn_size,
     )
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if longest > model.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_tokens = {longest} exceeds the model's {model.max_positions} positions; lower one of them"
+        )
     if config.rollout.tensor_parallel > model.num_kv_heads or model.num_heads % config.rollout.tensor_parallel:
         raise ValueError(
             f"rollout.tensor_parallel={config.rollout.tensor_parallel} does not divide the model's {model.num_heads} heads "
@@ -114,6 +120,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     world = config.layout.to_layout().world_size
     if on_cpu(config):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
@@ -150,9 +157,8 @@ def run_rank(config: RunConfig) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all; the Controller replaces this there
-        signal.signal(sign, lambda *_: None)
-    import logging
+    for sign in (signal.SIGTERM, signal.SIGINT):  # until there is something to save; then the Trainer decides
+        signal.signal(sign, lambda *_: os._exit(0))
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")

@@ -5,6 +5,7 @@ collect -> advantages -> pack -> old log-probabilities -> updates -> publish -> 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,16 @@ from megatron_dapo.types import Batch, StepResult
 
 T = TypeVar("T")
 # Ends of a run that explain themselves; the last checkpoint is intact in each case.
-EXPECTED = (ValueError, SamplingCapReached, EngineDied, EngineStartTimeout, NonFiniteLoss, SyncMismatch, checkpoint.SaveFailed)
+EXPECTED = (
+    ValueError,
+    OSError,
+    SamplingCapReached,
+    EngineDied,
+    EngineStartTimeout,
+    NonFiniteLoss,
+    SyncMismatch,
+    checkpoint.SaveFailed,
+)
 
 
 class Trainer:
@@ -58,6 +68,9 @@ class Trainer:
             if state:
                 self.controller.prompts.load_state(state.prompts)
                 self.controller.collector.load_state(state.collector)
+        else:
+            for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all when to stop
+                signal.signal(sign, signal.SIG_IGN)
 
     def run(self) -> None:
         """Train until run.max_steps, the end of the data, or a signal; then save, export and evaluate."""
