@@ -30,13 +30,21 @@ class ModelConfig(Section):
 
 
 class LayoutConfig(Section):
-    tensor_parallel: PositiveInt = 1
-    sequence_parallel: bool = False
-    pipeline_parallel: PositiveInt = 1
-    virtual_pipeline_parallel: PositiveInt | None = None
-    context_parallel: PositiveInt = 1
-    expert_parallel: PositiveInt = 1
-    data_parallel: PositiveInt = 1
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="Ranks that split every weight matrix; must divide heads, hidden and MLP size."
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="Split norms and residuals by token over the tensor-parallel ranks; needs tensor_parallel > 1."
+    )
+    pipeline_parallel: PositiveInt = Field(default=1, description="Pipeline stages; must divide the number of layers.")
+    virtual_pipeline_parallel: PositiveInt | None = Field(
+        default=None, description="Model chunks of each pipeline stage. Only null or 1 is supported yet."
+    )
+    context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence. Only 1 is supported yet.")
+    expert_parallel: PositiveInt = Field(default=1, description="Ranks that split the experts. Only 1 is supported yet.")
+    data_parallel: PositiveInt = Field(
+        default=1, description="Replicas that train on different samples; must divide the samples of each update."
+    )
 
     def to_layout(self) -> Layout:
         return Layout(
@@ -58,7 +66,7 @@ class RolloutConfig(Section):
     seeded: bool = Field(
         default=False, description="Give every request a seed made of run.seed, prompt and sample: repeatable runs."
     )
-    base_port: int | None = Field(default=None, description="Engine i listens on base_port + i; None picks free ports.")
+    base_port: int | None = Field(default=None, description="Engine i listens on base_port + i; null picks free ports.")
     memory_utilization: float = Field(default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only).")
     cpu_kv_cache_gib: PositiveInt = Field(default=1, description="KV cache of each server, GiB (CPU only).")
     max_concurrency: PositiveInt = Field(default=256, description="Sequences one engine runs at once.")
@@ -73,7 +81,7 @@ class SamplingConfig(Section):
     samples_per_prompt: int = Field(default=16, ge=2, description="G: completions of each prompt.")
     dynamic: bool = Field(default=True, description="Dynamic sampling; false accepts every group.")
     low: float = Field(default=0.0, ge=0, le=1, description="A group is informative if low < accuracy < high.")
-    high: float = Field(default=1.0, ge=0, le=1)
+    high: float = Field(default=1.0, ge=0, le=1, description="Upper end of that window.")
     inclusive: bool = Field(default=False, description="low <= accuracy <= high instead.")
     adaptive: bool = Field(
         default=False, description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies."
@@ -104,8 +112,8 @@ class RewardConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    eps_low: float = Field(default=0.2, gt=0, lt=1)
-    eps_high: float = Field(default=0.28, gt=0)
+    eps_low: float = Field(default=0.2, gt=0, lt=1, description="The ratio is clipped from below at 1 - eps_low.")
+    eps_high: float = Field(default=0.28, gt=0, description="The ratio is clipped from above at 1 + eps_high.")
     dual_clip: float | None = Field(
         default=10.0, gt=1, description="Upper bound c of the ratio where the advantage is negative; null: off."
     )
@@ -115,14 +123,14 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0, description="Learning rate of AdamW, after warm-up.")
     min_lr: float = Field(default=0.0, ge=0, description="Where a cosine decay ends.")
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="AdamW's decay rates of the two moments.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay; not applied to biases and norms.")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "cosine"] = Field(default="constant", description="Learning rate after warm-up.")
     decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
     distributed: bool = Field(default=True, description="Shard the optimizer state over data-parallel ranks.")
 
@@ -134,17 +142,17 @@ class BatchConfig(Section):
 
 class DataConfig(Section):
     path: str | None = Field(default=None, description="JSONL or Parquet file, one problem a row.")
-    prompt_key: str = "prompt"
-    answer_key: str = "answer"
+    prompt_key: str = Field(default="prompt", description="Field of a row that holds the problem.")
+    answer_key: str = Field(default="answer", description="Field of a row that holds the reference answer.")
     template: str = Field(default="{prompt}", description="Text around the problem; must hold {prompt}.")
     chat: bool = Field(default=False, description="Wrap the text as a user message in the tokenizer's chat template.")
     few_shot: list[dict[str, str]] = Field(
         default=[], description="Worked examples {prompt, response} put before each problem (chat only)."
     )
     max_prompt_tokens: PositiveInt = Field(default=2048, description="Longer prompts are counted and skipped.")
-    shuffle: bool = True
+    shuffle: bool = Field(default=True, description="A new order every epoch, from run.seed; false: file order.")
     epochs: PositiveInt | None = Field(
-        default=None, description="Passes over the data before the run ends; None: until run.max_steps."
+        default=None, description="Passes over the data before the run ends; null: until run.max_steps."
     )
 
 
@@ -158,29 +166,31 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    path: str | None = Field(default=None, description="Held-out problems, same format as data.path; None: no evaluation.")
+    path: str | None = Field(default=None, description="Held-out problems, same format as data.path; null: no evaluation.")
     every_steps: int = Field(
         default=0, ge=0, description="Evaluate after this many steps; 0: only before the first and after the last."
     )
     samples: PositiveInt = Field(default=1, description="Completions of each problem; the accuracy is their mean (avg@k).")
     temperature: float = Field(default=1.0, ge=0, description="0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus of the evaluation's sampling; 1: off.")
 
 
 class ReportConfig(Section):
     rollouts: bool = Field(
         default=True, description="Save every step's groups to rollouts/, so that tools/replay.py can train on them."
     )
-    tensorboard: bool = False
+    tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
     wandb: bool = Field(default=False, description="Log to wandb; offline without an API key.")
-    wandb_project: str = "megatron_dapo"
+    wandb_project: str = Field(default="megatron_dapo", description="Project that wandb logs to.")
 
 
 class RunSection(Section):
     dir: str = Field(default="runs/dapo", description="Everything the run writes is in here.")
-    max_steps: PositiveInt = 100
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_steps: PositiveInt = Field(default=100, description="Steps (rollout batches) after which the run ends.")
+    seed: int = Field(default=0, description="Seed of data order, of model parallel RNG and, with rollout.seeded, of sampling.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where policy ranks compute; auto: cuda if torch sees a GPU."
+    )
     verify_sync: bool = Field(
         default=False,
         description="When the run ends, compare every parameter in every engine with a fresh server on the exported checkpoint.",

@@ -15,7 +15,10 @@ import signal
 BACKEND = "megatron_dapo"
 ENGINE_VARIABLE = "MEGATRON_DAPO_ENGINE"  # set by EngineServer: this process belongs to a server of ours
 DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # write digests of every parameter as loaded into this folder
-BUSY_LOOP_S = 0.0005  # vLLM spins for 1 s after each message, which takes one of two cores from everyone else
+# vLLM's queue readers spin for 1 s after each message, which takes one of two cores from everyone else; after that they sleep
+# until notified. Notifications get lost, and vLLM looks for itself only every 5 s: sleeping early needs looking often.
+BUSY_LOOP_S = 0.0005
+RECHECK_MS = 1
 PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("vllm.megatron_dapo")
@@ -45,8 +48,8 @@ def die_with_parent() -> None:
         os._exit(1)  # it ended before we asked
 
 
-def spin_less(busy_loop_s: float = BUSY_LOOP_S) -> None:
-    """Lower the default spinning time of vLLM's shared-memory queues on CPU."""
+def spin_less(busy_loop_s: float = BUSY_LOOP_S, recheck_ms: int = RECHECK_MS) -> None:
+    """On CPU, let the readers of vLLM's shared-memory queues sleep soon and look again often."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -54,10 +57,10 @@ def spin_less(busy_loop_s: float = BUSY_LOOP_S) -> None:
     from vllm.distributed.device_communicators import shm_broadcast
 
     condition = getattr(shm_broadcast, "SpinCondition", None)
-    parameters = inspect.signature(condition.__init__).parameters if condition else {}
-    if condition is None or list(parameters)[-1] != "busy_loop_s" or len(condition.__init__.__defaults__ or ()) != 1:
+    parameters = inspect.signature(condition.__init__).parameters if condition else {"": None}
+    known = list(parameters)[-1] == "busy_loop_s" and len(condition.__init__.__defaults__ or ()) == 1
+    if not known or not isinstance(getattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", None), int):
         log.warning("this vLLM's SpinCondition has another shape; its processes spin as they like")
         return
-    condition.__init__.__defaults__ = (float(os.environ.get("X_SPIN", busy_loop_s)),)
-    if "X_RECHECK" in os.environ:
-        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = int(os.environ["X_RECHECK"])
+    condition.__init__.__defaults__ = (busy_loop_s,)
+    shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = recheck_ms

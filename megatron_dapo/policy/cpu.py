@@ -51,7 +51,9 @@ class _Stream:
 
 
 def install() -> None:
-    """Put the shim in place for the rest of this process. Only call it where no CUDA device will be used."""
+    """Put the shim in place for the rest of this process, once. Only call it where no CUDA device will be used."""
+    if torch.cuda.Event is _Event:
+        return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.set_device = lambda *args: None
     torch.cuda.synchronize = lambda *args: None

@@ -63,6 +63,7 @@ class Collector:
     _slots: list[_Slot] = field(default_factory=list)
     _waiting: deque[Prompt] = field(default_factory=deque)
     _carried: list[Group] = field(default_factory=list)
+    _opened_with: dict[str, Any] | None = None  # `state` at the beginning of a step that is not finished
     _pass_rate: float = START_PASS_RATE
     _counts: Counter[str] = field(default_factory=Counter)
     _launched: int = 0
@@ -74,7 +75,7 @@ class Collector:
         May be called again after an exception of the sampler or a cancellation: finished groups are kept, the rest is
         sampled anew. SamplingCapReached when on_cap is 'error'.
         """
-        if not self._slots:
+        if self._opened_with is None:
             self._open_step(weight_version)
         window = self._window
         try:
@@ -94,19 +95,29 @@ class Collector:
                     break
                 await self._wait(running)
         except BaseException:
+            self._take_finished(self._slots)
             await self._abort([slot for slot in self._slots if slot.task])
             raise
         return await self._close_step(accepted, window)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs between two steps: carried groups, prompts to sample again, the pass rate."""
-        return {"carried": list(self._carried), "waiting": list(self._waiting), "pass_rate": self._pass_rate}
+        """What a checkpoint needs: carried groups, prompts to sample again, the pass rate.
+
+        A step that was begun and given up counts as not begun: all its prompts are sampled again.
+        """
+        if self._opened_with is None:
+            return {"carried": list(self._carried), "waiting": list(self._waiting), "pass_rate": self._pass_rate}
+        carried = {group.prompt.position for group in self._opened_with["carried"]}
+        prompts = [prompt for prompt in [*(slot.prompt for slot in self._slots), *self._waiting] if prompt.position not in carried]
+        return self._opened_with | {"waiting": sorted(prompts, key=lambda prompt: prompt.position)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._carried, self._waiting, self._pass_rate = list(state["carried"]), deque(state["waiting"]), state["pass_rate"]
+        self._slots, self._opened_with = [], None
 
     def _open_step(self, weight_version: int) -> None:
         """Carried groups and prompts that were put back come first, in stream order; groups that are too old are sampled anew."""
+        self._opened_with = self.state()
         self._counts, self._launched = Counter(), 0
         slots = [_Slot(prompt) for prompt in self._waiting]
         for group in self._carried:
@@ -166,18 +177,23 @@ class Collector:
                 slot.task = asyncio.ensure_future(self.sample(slot.prompt))  # type: ignore[arg-type]
         when = asyncio.ALL_COMPLETED if self.waves else asyncio.FIRST_COMPLETED
         await asyncio.wait([slot.task for slot in running if slot.task], return_when=when)
-        failed = None
-        for slot in running:
+        if failed := self._take_finished(running):
+            raise failed
+
+    def _take_finished(self, slots: list[_Slot]) -> BaseException | None:
+        """Put finished groups into their slots; returns the first failure, whose slots are sampled again."""
+        failed: BaseException | None = None
+        for slot in slots:
             if slot.task and slot.task.done():
                 task, slot.task = slot.task, None
-                if task.cancelled() or task.exception():
-                    failed = failed or task.exception() or asyncio.CancelledError()
+                error = asyncio.CancelledError() if task.cancelled() else task.exception()
+                if error is not None:
+                    failed = failed or error
                     continue
                 slot.group = task.result()
                 informative = self._verdict(slot.group, self._window) == "accepted"
                 self._pass_rate = PASS_RATE_MEMORY * self._pass_rate + (1 - PASS_RATE_MEMORY) * informative
-        if failed:
-            raise failed
+        return failed
 
     async def _abort(self, slots: list[_Slot]) -> None:
         """Cancel requests (the engine drops them); a slot without a group is sampled again."""
@@ -200,7 +216,7 @@ class Collector:
 
     async def _close_step(self, accepted: list[_Slot], window: Window) -> Collected:
         """Split everything after the K-th accepted group into carried and aborted, and count every group by reason."""
-        last = accepted[-1].prompt.position if len(accepted) == self.config.prompts_per_step else math.inf
+        taken = {slot.prompt.position for slot in accepted}
         running = [slot for slot in self._slots if slot.group is None]
         await self._abort(running)
         counts = Counter(self._counts)
@@ -214,7 +230,7 @@ class Collector:
                 counts["groups_sampled"] += 1
             if verdict != "accepted":
                 counts[verdict] += 1
-            elif slot.prompt.position <= last:
+            elif slot.prompt.position in taken:
                 counts["groups_accepted"] += 1
             elif self.config.max_age > 0:
                 self._carried.append(slot.group)
@@ -224,7 +240,7 @@ class Collector:
                 put_back.append(slot.prompt)
         self._waiting = deque(sorted([*put_back, *self._waiting], key=lambda prompt: prompt.position))
         sampled = tuple(slot.group for slot in self._slots if slot.group and not slot.carried)
-        self._slots = []
+        self._slots, self._opened_with = [], None
         return Collected(
             groups=tuple(slot.group for slot in accepted if slot.group),
             sampled=sampled,

@@ -19,6 +19,7 @@ from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.reward.overlong import overlong_penalty
 from megatron_dapo.reward.pool import GradingPool
 from megatron_dapo.rollout.collect import Collected, Collector
+from megatron_dapo.rollout.engine import EngineDied
 from megatron_dapo.rollout.fleet import Fleet
 from megatron_dapo.types import Group, Prompt
 
@@ -37,6 +38,7 @@ class Controller:
 
         self.config, self.reporter = config, reporter
         self.weight_version = 0
+        self._synced = False  # every engine holds weight_version
         self.stopping = False
         self.reward_seconds = 0.0
         self._runner = asyncio.Runner()
@@ -66,10 +68,12 @@ class Controller:
 
     def collect(self) -> Collected:
         """The groups of the next step (rollout/collect.py)."""
+        self._check_synced()
         self.reward_seconds = 0.0
         return self.run(lambda: self.collector.collect(self.weight_version))
 
     def evaluate(self) -> Evaluation:
+        self._check_synced()
         return self.run(lambda: evaluate(self._eval_prompts, self._sample_to_evaluate))
 
     @property
@@ -77,6 +81,7 @@ class Controller:
         return bool(self._eval_prompts)
 
     def start_push(self) -> None:
+        self._synced = False
         self.finish(lambda: self.fleet.on_all(lambda engine: engine.start_weight_update()))
 
     def push(self, bucket: Bucket, version: int) -> None:
@@ -91,9 +96,10 @@ class Controller:
             await engine.reset_prefix_cache()
 
         self.finish(lambda: self.fleet.on_all(finish))
-        self.weight_version = version
+        self.weight_version, self._synced = version, True
 
     def verify(self, export: Path) -> int:
+        self._check_synced()
         return self.run(lambda: self.fleet.verify(export, self.weight_version))
 
     def restart_engines(self) -> None:
@@ -130,6 +136,11 @@ class Controller:
             return await make()
 
         return self._runner.run(main())
+
+    def _check_synced(self) -> None:
+        """EngineDied after a push that did not end: the engines that live hold a mixture, which nothing may be sampled from."""
+        if not self._synced:
+            raise EngineDied("an engine died while the weights were pushed")
 
     def _request_stop(self, number: int, frame: Any) -> None:
         if self.stopping:

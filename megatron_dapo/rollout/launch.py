@@ -6,7 +6,6 @@ The child runs in its own session, listens on 127.0.0.1 only, demands the run's 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -106,16 +105,13 @@ class EngineServer:
             )
 
     def poll(self) -> int | None:
-        """None while the server runs, else its exit code (minus the signal's number if one killed it)."""
+        """None while the server runs, else its exit code (minus the signal's number if one killed it); 0 when it was stopped."""
         if self._process is None:
             return 0
-        if self._process.returncode is None:
-            # The zombie stays until stop(), so that its process group cannot become someone else's.
-            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
-                return None
-            return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        return self._process.returncode
+        # The zombie stays until stop(), so that its process group cannot become someone else's.
+        if (ended := _ended(self._process.pid)) is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     async def wait_healthy(self, timeout: float) -> None:
         """Return when /health answers 200. EngineDied or EngineStartTimeout, both with the end of the log."""
@@ -143,11 +139,10 @@ class EngineServer:
             return
         process, self._process = self._process, None
         deadline = time.monotonic() + STOP_GRACE_S
-        process.send_signal(signal.SIGTERM)
-        while time.monotonic() < deadline and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        os.kill(process.pid, signal.SIGTERM)  # Popen's own calls would collect the zombie, and with it the group's name
+        while time.monotonic() < deadline and _ended(process.pid) is None:
             time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def log_tail(self) -> str:
@@ -222,11 +217,16 @@ class EngineServer:
 
     def _devices(self) -> str:
         """Engine i takes the i-th run of tensor_parallel GPUs among the visible ones."""
-        size = self._rollout.tensor_parallel
+        size, count = self._rollout.tensor_parallel, self._rollout.engines
         first = self.index * size
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-            return ",".join(visible.split(",")[first : first + size])
-        return ",".join(str(first + i) for i in range(size))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(first + size)]
+        if len(names) < first + size:
+            raise ValueError(
+                f"rollout.engines={count} x rollout.tensor_parallel={size} needs more GPUs than the {len(names)} of "
+                f"CUDA_VISIBLE_DEVICES={visible}; lower one of them"
+            )
+        return ",".join(names[first : first + size])
 
     def _choose_port(self) -> int:
         if self._rollout.base_port is None:
@@ -242,6 +242,11 @@ class EngineServer:
                     f"({error.strerror}); choose another rollout.base_port, or null to pick free ports"
                 ) from error
         return port
+
+
+def _ended(pid: int) -> os.waitid_result | None:
+    """How a child ended, without collecting it."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
 _given_ports: set[int] = set()

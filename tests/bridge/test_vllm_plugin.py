@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -134,23 +133,32 @@ def test_registering_twice_outside_our_servers(monkeypatch):
     assert WeightTransferEngineFactory._registry[vllm_plugin.BACKEND]().__name__ == "SharedMemoryEngine"
 
 
-def test_less_spinning_only_where_it_fits(monkeypatch, caplog):
+def test_less_spinning_only_where_it_fits(monkeypatch):
     from vllm.distributed.device_communicators import shm_broadcast
 
-    before = shm_broadcast.SpinCondition.__init__.__defaults__
+    condition, interval = shm_broadcast.SpinCondition, shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS
+    defaults = condition.__init__.__defaults__
     try:
-        vllm_plugin.spin_less(0.25)
-        assert shm_broadcast.SpinCondition.__init__.__defaults__ == (0.25,)
+        vllm_plugin.spin_less(0.25, 7)
+        assert (condition.__init__.__defaults__, shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS) == ((0.25,), 7)
     finally:
-        shm_broadcast.SpinCondition.__init__.__defaults__ = before
+        condition.__init__.__defaults__ = defaults
+        shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS = interval
 
     class Changed:
         def __init__(self, busy_loop_s=1, other=2):
             pass
 
     monkeypatch.setattr(shm_broadcast, "SpinCondition", Changed)
-    with caplog.at_level(logging.WARNING, logger="vllm.megatron_dapo"):
-        vllm_plugin.spin_less()
+    warnings = []
+    monkeypatch.setattr(vllm_plugin.log, "warning", warnings.append)
+    vllm_plugin.spin_less()
     assert Changed.__init__.__defaults__ == (1, 2)
-    if caplog.records:  # vLLM's logger does not always propagate
-        assert "another shape" in caplog.text
+    assert interval == shm_broadcast.SHM_READER_RECHECK_INTERVAL_MS
+    assert "another shape" in warnings[0]
+
+    # Sleeping early without looking often would lose seconds to lost notifications: neither or both.
+    monkeypatch.setattr(shm_broadcast, "SpinCondition", condition)
+    monkeypatch.delattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS")
+    vllm_plugin.spin_less()
+    assert condition.__init__.__defaults__ == defaults

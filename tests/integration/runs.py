@@ -1,0 +1,146 @@
+"""Whole runs as users start them: `python -m megatron_dapo.train` on a tiny random model, in a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TESTS = Path(__file__).parents[1]
+MARK = "MEGATRON_DAPO_TEST_RUN"  # in the environment of a run and of everything it starts
+VERIFIERS = """
+def even(response, answer):
+    # Random weights are right half of the time, so most groups are mixed.
+    return sum(map(ord, response)) % 2 == 0
+"""
+
+
+def write_data(folder: Path, rows: int = 64) -> Path:
+    """`rows` problems of different lengths, and the module of the verifier, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dapo_test_verifiers.py").write_text(VERIFIERS)
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}+{i * i}=", "answer": str(i + i * i)}) + "\n" for i in range(rows)))
+    return path
+
+
+def overrides(model: Path, data: Path, run_dir: Path, **values: Any) -> list[str]:
+    """The command line of a tiny run. Dots in keys are written as double underscores."""
+    defaults = {
+        "model.path": model,
+        "model.dtype": "fp32",
+        "layout.data_parallel": 2,
+        "rollout.max_tokens": 8,
+        "rollout.max_concurrency": 64,
+        "sampling.prompts_per_step": 4,
+        "sampling.samples_per_prompt": 4,
+        "sampling.max_age": 0,
+        "reward.verifier": "dapo_test_verifiers:even",
+        "optimizer.lr": 0.003,
+        "batch.max_tokens": 256,
+        "data.path": data,
+        "data.max_prompt_tokens": 16,
+        "run.dir": run_dir,
+        "run.max_steps": 3,
+    }
+    chosen = defaults | {name.replace("__", "."): value for name, value in values.items()}
+    return [f"{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+def environment(data: Path, mark: str, **extra: str) -> dict[str, str]:
+    paths = [str(data.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # A suite that runs under torchrun variables or a CI's would not be the plain start that is tested here.
+    kept = {name: value for name, value in os.environ.items() if name not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), MARK: mark} | extra
+
+
+class Run:
+    """A started run: its processes are found by a mark in their environment, whoever their parent is by then."""
+
+    def __init__(self, arguments: list[str], data: Path, log: Path, module: str = "megatron_dapo.train", **extra: str) -> None:
+        self.log, self.mark = log, f"{log}-{time.time_ns()}"
+        command = [sys.executable, "-m", module, *arguments] if module else [sys.executable, *arguments]
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment(data, self.mark, **extra),
+                start_new_session=True,
+            )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float = 240) -> int:
+        return self.process.wait(timeout_s)
+
+    def processes(self) -> list[psutil.Process]:
+        """All living processes of this run, zombies not counted."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+        return found
+
+    def named(self, part: str) -> list[psutil.Process]:
+        """The processes whose command line holds `part`. vLLM renames its workers, so those only by `VLLM::`."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if part in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def until(self, condition: Callable[[], Any], timeout_s: float = 180) -> Any:
+        """Poll until `condition()` is true and return it; fails with the log when the run ends or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while not (value := condition()):
+            assert self.process.poll() is None, f"the run ended with {self.process.returncode}:\n{self.text[-3000:]}"
+            assert time.monotonic() < deadline, f"not within {timeout_s} s:\n{self.text[-3000:]}"
+            time.sleep(0.02)
+        return value
+
+    def all_gone(self, timeout_s: float = 15) -> bool:
+        """Whether every process of the run ends within the time, without help."""
+        deadline = time.monotonic() + timeout_s
+        while left := self.processes():
+            if time.monotonic() > deadline:
+                print("left over:", [(p.pid, p.cmdline()[:6]) for p in left])
+                return False
+            time.sleep(0.1)
+        return True
+
+    def kill(self) -> None:
+        """kill -9 of every process."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], data: Path, log: Path, **options: Any) -> Iterator[Run]:
+    run = Run(arguments, data, log, **options)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,48 @@
+"""The checkpoints and the one launch of four ranks behind the tests of this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ranks import run_ranks
+from tiny import make_tiny_model
+
+BUCKETS = (1, 100_000, 1 << 30)  # bytes: every tensor alone, a few together, all at once
+MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied", "odd_vocab-tied", "odd_vocab-untied")
+
+
+@dataclass
+class Measured:
+    folder: Path
+    models: dict[str, Path]
+    by_rank: list[dict[str, list[float]]]  # logprobs_T of all samples end to end, by "model@layout"
+
+
+def measure(folder: Path) -> Measured:
+    models = {name: make(folder / f"model-{name}", *name.split("-")) for name in MODELS}
+    runs = [
+        {
+            "name": f"{name}@{layout}",
+            "layout": layout,
+            "model": str(model),
+            "bucket_bytes": BUCKETS if layout == "tp2_pp2" else BUCKETS[-1:],
+            "overrides": ["rollout.temperature=0.7"] if name == "llama-tied" else [],
+        }
+        for name, model in models.items()
+        for layout in ("tp1", "tp2_pp2")
+    ]
+    return Measured(folder, models, run_ranks("jobs:logprobs_and_export", 4, runs=runs, folder=str(folder), timeout_s=500))
+
+
+def make(folder: Path, kind: str, ties: str) -> Path:
+    arch = "llama" if kind == "llama" else "qwen2"
+    make_tiny_model(folder, arch=arch, tied=ties == "tied", layers=4, heads=8, kv_heads=4, hidden=128, ffn=96)
+    if kind == "odd_vocab":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model.resize_token_embeddings(101)
+        model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,98 @@
+"""A run that is killed and resumed is, bit for bit, the run that was not; and a save that fails costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from tiny import make_tiny_model
+
+from megatron_dapo import checkpoint
+
+LAYOUTS = ["dp2", "tp2_pp2_dp2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, what each rank of the first launch reported, what was on disk after it, and what each rank of a second one reported)."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = str(make_tiny_model(folder / "model", tied=True, layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
+    saved = run_ranks("jobs:train_and_save", 8, layouts=LAYOUTS, model=model, folder=str(folder), timeout_s=280)
+    for layout in LAYOUTS:  # what a crash leaves behind
+        checkpoints = folder / layout / "checkpoints"
+        (checkpoints / "step_000009").mkdir()
+        (checkpoints / "step_000008.tmp").mkdir()
+        (checkpoints / "step_000008.tmp" / "run.pt").write_bytes(b"")
+    listed = {layout: sorted(p.name for p in (folder / layout / "checkpoints").iterdir()) for layout in LAYOUTS}
+    reshard = {"tp1": "dp2", "tp2_pp2": "tp2_pp2_dp2"}
+    resumed = run_ranks("jobs:resume", 8, layouts=LAYOUTS, model=model, folder=str(folder), reshard=reshard, timeout_s=280)
+    return folder, saved, listed, resumed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
+    _, saved, _, resumed = runs
+    ranks = 2 if layout == "dp2" else 8
+    for rank in range(ranks):
+        unkilled = saved[rank][layout]["updates"]
+        assert resumed[rank][layout]["updates"] == unkilled[2:]  # loss, gradient norm, lr, digest of weights and optimizer
+        assert len({update["state"] for update in unkilled}) == 4  # the digest does see an update
+        assert len({update["lr"] for update in unkilled}) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_controllers_state_reaches_every_rank(runs, layout):
+    for rank in range(2 if layout == "dp2" else 8):
+        found = runs[3][rank][layout]
+        assert found["folder"] == "step_000002"
+        assert found["state"] == [2, {"cursor": 14}, {"carried": [2]}, 2]
+
+
+@pytest.mark.parametrize(("fewer", "layout"), [("tp1", "dp2"), ("tp2_pp2", "tp2_pp2_dp2")])
+def test_a_checkpoint_loads_at_another_data_parallel_size(runs, fewer, layout):
+    _, saved, _, resumed = runs
+    for mine, original in zip(resumed[0][fewer]["updates"], saved[0][layout]["updates"][2:], strict=True):
+        assert mine["loss"] == pytest.approx(original["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(original["grad_norm"], rel=1e-5)
+        assert mine["lr"] == original["lr"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_failing_save_raises_everywhere_and_leaves_the_old_ones(runs, layout):
+    _, saved, listed, _ = runs
+    for rank in range(2 if layout == "dp2" else 8):
+        message = saved[rank][layout]["failure"]
+        assert message is not None and "step_000003" in message and "rank 1" in message and "previous checkpoint is untouched" in message
+    assert listed[layout] == ["step_000001", "step_000002", "step_000008.tmp", "step_000009"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_newest_are_kept_and_only_whole_ones_count(runs, layout):
+    folder = runs[0] / layout
+    left = sorted(p.name for p in (folder / "checkpoints").iterdir() if (p / "run.pt").is_file() and p.suffix == "")
+    assert left == ["step_000004"]  # saved with keep=1, after resuming
+    assert (folder / "checkpoints" / "step_000009").is_dir()  # incomplete: neither counted nor touched
+
+
+def whole(folder: Path, *steps: int) -> None:
+    for step in steps:
+        (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        (folder / "checkpoints" / f"step_{step:06d}" / "run.pt").write_bytes(b"")
+
+
+def test_find(tmp_path):
+    assert checkpoint.find(tmp_path, "auto") is None
+    whole(tmp_path, 2, 10, 9)
+    (tmp_path / "checkpoints" / "step_000011").mkdir()
+    (tmp_path / "checkpoints" / "step_000012.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step_000012.tmp" / "run.pt").write_bytes(b"")
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "checkpoints" / "step_000010"
+    assert checkpoint.find(tmp_path, "never") is None
+    chosen = tmp_path / "checkpoints" / "step_000002"
+    assert checkpoint.find(tmp_path, str(chosen)) == chosen
+
+
+def test_find_refuses_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\.resume=.*step_000011 is no complete checkpoint.*'auto', 'never'"):
+        checkpoint.find(tmp_path, str(tmp_path / "step_000011"))

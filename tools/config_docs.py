@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Write docs/configuration.md from the fields of megatron_dapo/config.py.
+
+python tools/config_docs.py            write it
+python tools/config_docs.py --check    exit 1 when it differs from what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from megatron_dapo.config import RunConfig
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+HEAD = """# Configuration
+
+<!-- Made by tools/config_docs.py from megatron_dapo/config.py; do not edit by hand. -->
+
+A run is configured by a YAML file and `section.key=value` overrides, which win:
+
+```
+python -m megatron_dapo.train examples/configs/tiny.yaml optimizer.lr=1e-4 run.max_steps=20 --dry-run
+```
+
+Unknown keys are refused, with the nearest valid name. Nothing rewrites what you wrote; the resolved configuration is saved as
+`config.yaml` in the run folder. `--dry-run` prints it, with the layout and the processes a run would start.
+"""
+
+
+def section_types() -> dict[str, type[BaseModel]]:
+    """The sections of RunConfig, in order."""
+    return {name: field.annotation for name, field in RunConfig.model_fields.items()}  # type: ignore[misc]
+
+
+def page(sections: Mapping[str, type[BaseModel]]) -> str:
+    """The whole page. ValueError names every key that has no description."""
+    silent = [
+        f"{name}.{key}" for name, section in sections.items() for key, f in section.model_fields.items() if not f.description
+    ]
+    if silent:
+        raise ValueError(f"no description for {', '.join(silent)}; add Field(description=...) in megatron_dapo/config.py")
+    parts = [HEAD]
+    for name, section in sections.items():
+        rows = [
+            f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | {_escape(f.description or '')} |"
+            for key, f in section.model_fields.items()
+        ]
+        parts.append("\n".join([f"\n## {name}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]))
+    return "".join(parts)
+
+
+def type_text(field: FieldInfo) -> str:
+    """The field's type with its bounds, e.g. `float > 0, <= 1 or null`."""
+    return _name(field.annotation, field.metadata)
+
+
+def default_text(field: FieldInfo) -> str:
+    """As it would be written in YAML."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    return f"`{json.dumps(value) if not isinstance(value, float) else f'{value:g}'}`"
+
+
+def _name(kind: Any, rules: Sequence[Any] = ()) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _name(arguments[0], [*arguments[1:], *rules])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_name(argument, () if argument is NoneType else rules) for argument in arguments)
+    name = "null" if kind is NoneType else (origin or kind).__name__
+    if origin is not None:
+        name += f"[{', '.join(_name(argument) for argument in arguments)}]"
+    return " ".join([name, ", ".join(f"{sign} {limit:g}" for rule in rules for sign, limit in _bounds(rule))]).strip()
+
+
+def _bounds(rule: Any) -> list[tuple[str, float]]:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return [(sign, limit) for name, sign in signs.items() if (limit := getattr(rule, name, None)) is not None]
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page")
+    options = parser.parse_args(arguments)
+    text = page(section_types())
+    if not options.check:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text)
+        return 0
+    if options.out.is_file() and options.out.read_text() == text:
+        return 0
+    print(f"error: {options.out} does not match megatron_dapo/config.py; run: python tools/config_docs.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
