@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dapo.policy.optimizer import load_optimizer
 from megatron_dapo.policy.step import Policy
@@ -62,7 +63,7 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
     dist.broadcast_object_list(told, src=0, group=place.control)
     final = (run_dir / "checkpoints" / f"step_{told[0]:06d}").resolve()
     temporary = final.with_name(final.name + ".tmp")
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         if place.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -74,7 +75,7 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
         dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
         if place.rank == 0:
             torch.save({"state": state, "rng": torch.get_rng_state(), "num_updates": policy.num_updates}, temporary / "run.pt")
-    except Exception as failure:  # whatever layer reports a full disk, the run must learn which folder and what to do
+    except (Exception, CheckpointException) as failure:  # whatever layer reports a full disk; the latter is a BaseException
         error = failure
     _agree(error, temporary, place)
     if place.rank == 0:
@@ -112,7 +113,7 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if _NAME.search(p.name) and (p / "run.pt").is_file())
 
 
-def _agree(error: Exception | None, temporary: Path, place: Any) -> None:
+def _agree(error: BaseException | None, temporary: Path, place: Any) -> None:
     """Raise on every rank if any rank has an error."""
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group=place.control)

@@ -52,6 +52,7 @@ def check(config: RunConfig) -> None:
     from megatron_dapo.bridge.hf import read_model, resolve_folder
     from megatron_dapo.data.prompts import load_rows
     from megatron_dapo.reward.math import load_verifier
+    from megatron_dapo.rollout.launch import checked_port
 
     model = read_model(resolve_folder(config.model.path))
     config.layout.to_layout().check_model(
@@ -78,6 +79,9 @@ def check(config: RunConfig) -> None:
     if config.evaluation.path is not None:
         load_rows(config.evaluation.path, data.prompt_key, data.answer_key, "evaluation.path")
     load_verifier(config.reward.verifier)
+    if config.rollout.base_port is not None:
+        for index in range(config.rollout.engines):
+            checked_port(config.rollout.base_port, index)
 
 
 def on_cpu(config: RunConfig) -> bool:
@@ -124,7 +128,6 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
     world = config.layout.to_layout().world_size
     if on_cpu(config):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the two below are ours
     previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
     settings = LaunchConfig(
         min_nodes=1,
@@ -135,6 +138,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         run_id="megatron_dapo",
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGQUIT",  # SIGTERM and SIGINT are ours, below
     )
     try:
         elastic_launch(settings, sys.executable)(*arguments)

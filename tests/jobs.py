@@ -184,7 +184,7 @@ def resume(layouts: list[str], model: str, folder: str, reshard: dict[str, str])
     from megatron_dapo import checkpoint
 
     found: dict[str, Any] = {}
-    for name in (*layouts, *reshard):
+    for name in (*reshard, *layouts):
         run_dir = Path(folder) / reshard.get(name, name)
         with open_policy(name, model, f"{folder}/resume-{name}.store", OPTIMIZER) as policy:
             if policy is None:
@@ -201,5 +201,3 @@ def resume(layouts: list[str], model: str, folder: str, reshard: dict[str, str])
             if name not in reshard:
                 checkpoint.save(run_dir, policy, _run_state(policy, 4), keep=1)
     return found
-
-

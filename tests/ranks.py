@@ -43,7 +43,7 @@ def run_ranks(job: str, world: int, *, timeout_s: float = 240, **arguments: Any)
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             log.seek(0)
-            assert code == 0, f"{job} on {world} ranks: {code}\n{log.read()[-6000:]}"
+            assert code == 0, f"{job} on {world} ranks: {code}\n{log.read()[-20000:]}"
         return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -2,11 +2,12 @@
 # The tests, on a CPU, from nothing: makes .venv when it is missing.
 #   bash tests/run.sh [pytest arguments]                              e.g. tests/algo -x, or -m slow
 #   bash tests/run.sh --megatron-core VERSION [pytest arguments]      the policy tests, against that megatron-core
+# TEST_PYTHON=python uses the environment of that python instead of .venv (on a GPU machine: -m gpu).
 # The second form keeps the wheel unpacked in .cache/ and puts it before .venv's own megatron-core. Newer versions are published
 # for Python 3.12 only; their Python code runs on 3.11, and the policy needs nothing of their compiled part.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-root=$PWD python=$PWD/.venv/bin/python
+root=$PWD python=${TEST_PYTHON:-$PWD/.venv/bin/python}
 policy_tests=(tests/test_megatron_version.py tests/policy tests/invariance tests/parity tests/test_checkpoint.py)
 
 version="" arguments=() paths_given=false
@@ -23,7 +24,7 @@ while [ $# -gt 0 ]; do
   [ $# -gt 0 ] && shift
 done
 
-bash tools/setup_cpu.sh
+[ -n "${TEST_PYTHON:-}" ] || bash tools/setup_cpu.sh
 export OMP_NUM_THREADS=1
 
 if [ -n "$version" ]; then

@@ -10,7 +10,7 @@ from tiny import make_tiny_model
 
 from megatron_dapo import checkpoint
 
-LAYOUTS = ["dp2", "tp2_pp2_dp2"]
+LAYOUTS = ["dp2", "tp2_pp2"]
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +18,22 @@ def runs(tmp_path_factory):
     """(folder, what each rank of the first launch reported, what was on disk after it, and what each rank of a second one reported)."""
     folder = tmp_path_factory.mktemp("runs")
     model = str(make_tiny_model(folder / "model", tied=True, layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
-    saved = run_ranks("jobs:train_and_save", 8, layouts=LAYOUTS, model=model, folder=str(folder), timeout_s=280)
+    saved = run_ranks("jobs:train_and_save", 4, layouts=LAYOUTS, model=model, folder=str(folder), timeout_s=280)
     for layout in LAYOUTS:  # what a crash leaves behind
         checkpoints = folder / layout / "checkpoints"
         (checkpoints / "step_000009").mkdir()
         (checkpoints / "step_000008.tmp").mkdir()
         (checkpoints / "step_000008.tmp" / "run.pt").write_bytes(b"")
     listed = {layout: sorted(p.name for p in (folder / layout / "checkpoints").iterdir()) for layout in LAYOUTS}
-    reshard = {"tp1": "dp2", "tp2_pp2": "tp2_pp2_dp2"}
-    resumed = run_ranks("jobs:resume", 8, layouts=LAYOUTS, model=model, folder=str(folder), reshard=reshard, timeout_s=280)
+    reshard = {"tp1": "dp2"}
+    resumed = run_ranks("jobs:resume", 4, layouts=LAYOUTS, model=model, folder=str(folder), reshard=reshard, timeout_s=280)
     return folder, saved, listed, resumed
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
     _, saved, _, resumed = runs
-    ranks = 2 if layout == "dp2" else 8
+    ranks = 2 if layout == "dp2" else 4
     for rank in range(ranks):
         unkilled = saved[rank][layout]["updates"]
         assert resumed[rank][layout]["updates"] == unkilled[2:]  # loss, gradient norm, lr, digest of weights and optimizer
@@ -43,16 +43,15 @@ def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_controllers_state_reaches_every_rank(runs, layout):
-    for rank in range(2 if layout == "dp2" else 8):
+    for rank in range(2 if layout == "dp2" else 4):
         found = runs[3][rank][layout]
         assert found["folder"] == "step_000002"
         assert found["state"] == [2, {"cursor": 14}, {"carried": [2]}, 2]
 
 
-@pytest.mark.parametrize(("fewer", "layout"), [("tp1", "dp2"), ("tp2_pp2", "tp2_pp2_dp2")])
-def test_a_checkpoint_loads_at_another_data_parallel_size(runs, fewer, layout):
+def test_a_checkpoint_loads_at_another_data_parallel_size(runs):
     _, saved, _, resumed = runs
-    for mine, original in zip(resumed[0][fewer]["updates"], saved[0][layout]["updates"][2:], strict=True):
+    for mine, original in zip(resumed[0]["tp1"]["updates"], saved[0]["dp2"]["updates"][2:], strict=True):
         assert mine["loss"] == pytest.approx(original["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(original["grad_norm"], rel=1e-5)
         assert mine["lr"] == original["lr"]
@@ -61,9 +60,14 @@ def test_a_checkpoint_loads_at_another_data_parallel_size(runs, fewer, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_failing_save_raises_everywhere_and_leaves_the_old_ones(runs, layout):
     _, saved, listed, _ = runs
-    for rank in range(2 if layout == "dp2" else 8):
+    for rank in range(2 if layout == "dp2" else 4):
         message = saved[rank][layout]["failure"]
-        assert message is not None and "step_000003" in message and "rank 1" in message and "previous checkpoint is untouched" in message
+        assert (
+            message is not None
+            and "step_000003" in message
+            and "rank 1" in message
+            and "previous checkpoint is untouched" in message
+        )
     assert listed[layout] == ["step_000001", "step_000002", "step_000008.tmp", "step_000009"]
 
 

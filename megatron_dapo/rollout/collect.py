@@ -64,7 +64,7 @@ class Collector:
     _waiting: deque[Prompt] = field(default_factory=deque)
     _carried: list[Group] = field(default_factory=list)
     _opened_with: dict[str, Any] | None = None  # `state` at the beginning of a step that is not finished
-    _pass_rate: float = START_PASS_RATE
+    _pass_rate: float = START_PASS_RATE  # at the beginning of the step
     _counts: Counter[str] = field(default_factory=Counter)
     _launched: int = 0
     _exhausted: bool = False
@@ -108,8 +108,9 @@ class Collector:
         if self._opened_with is None:
             return {"carried": list(self._carried), "waiting": list(self._waiting), "pass_rate": self._pass_rate}
         carried = {group.prompt.position for group in self._opened_with["carried"]}
-        prompts = [prompt for prompt in [*(slot.prompt for slot in self._slots), *self._waiting] if prompt.position not in carried]
-        return self._opened_with | {"waiting": sorted(prompts, key=lambda prompt: prompt.position)}
+        prompts = [*(slot.prompt for slot in self._slots), *self._waiting]
+        waiting = [prompt for prompt in prompts if prompt.position not in carried]
+        return self._opened_with | {"waiting": sorted(waiting, key=lambda prompt: prompt.position)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._carried, self._waiting, self._pass_rate = list(state["carried"]), deque(state["waiting"]), state["pass_rate"]
@@ -153,7 +154,7 @@ class Collector:
         finished = [slot.group for slot in self._slots if slot.group is not None]
         informative = sum(self._verdict(group, window) == "accepted" for group in finished)
         in_flight = len(self._slots) - len(finished)
-        rate = max(self._pass_rate, 1 / self.config.prompts_per_step)
+        rate = max(self._running_pass_rate(), 1 / self.config.prompts_per_step)
         missing = math.ceil((self.config.prompts_per_step - informative) / rate) - in_flight
         # A carried group counts only when every prompt before it is known.
         missing = max(
@@ -170,6 +171,15 @@ class Collector:
         # A prompt put back by an earlier step may precede carried groups.
         self._slots = sorted(self._slots + launched, key=lambda slot: slot.prompt.position)
         return launched
+
+    def _running_pass_rate(self) -> float:
+        """Over the finished groups in stream order, so that it depends neither on timing nor on failures."""
+        rate = self._pass_rate
+        for slot in self._slots:
+            if slot.group is not None and not slot.carried:
+                informative = self._verdict(slot.group, self._window) == "accepted"
+                rate = PASS_RATE_MEMORY * rate + (1 - PASS_RATE_MEMORY) * informative
+        return rate
 
     async def _wait(self, running: list[_Slot]) -> None:
         for slot in running:
@@ -191,8 +201,6 @@ class Collector:
                     failed = failed or error
                     continue
                 slot.group = task.result()
-                informative = self._verdict(slot.group, self._window) == "accepted"
-                self._pass_rate = PASS_RATE_MEMORY * self._pass_rate + (1 - PASS_RATE_MEMORY) * informative
         return failed
 
     async def _abort(self, slots: list[_Slot]) -> None:
@@ -239,6 +247,7 @@ class Collector:
                 counts["surplus_dropped"] += 1
                 put_back.append(slot.prompt)
         self._waiting = deque(sorted([*put_back, *self._waiting], key=lambda prompt: prompt.position))
+        self._pass_rate = self._running_pass_rate()
         sampled = tuple(slot.group for slot in self._slots if slot.group and not slot.carried)
         self._slots, self._opened_with = [], None
         return Collected(

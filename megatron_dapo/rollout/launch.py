@@ -231,22 +231,27 @@ class EngineServer:
     def _choose_port(self) -> int:
         if self._rollout.base_port is None:
             return _free_port()
-        port = self._rollout.base_port + self.index
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise ValueError(
-                    f"rollout.base_port={self._rollout.base_port}: port {port} for engine {self.index} cannot be used "
-                    f"({error.strerror}); choose another rollout.base_port, or null to pick free ports"
-                ) from error
-        return port
+        return checked_port(self._rollout.base_port, self.index)
 
 
 def _ended(pid: int) -> os.waitid_result | None:
     """How a child ended, without collecting it."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
+def checked_port(base_port: int, index: int) -> int:
+    """The fixed port of engine `index`; ValueError when it cannot be used."""
+    port = base_port + index
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(
+                f"rollout.base_port={base_port}: port {port} for engine {index} cannot be used "
+                f"({getattr(error, 'strerror', error)}); choose another rollout.base_port, or null to pick free ports"
+            ) from error
+    return port
 
 
 _given_ports: set[int] = set()

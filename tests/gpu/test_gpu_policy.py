@@ -1,4 +1,4 @@
-"""The policy on a GPU: bf16, TransformerEngine, packed attention, NCCL. `bash tests/run.sh -m gpu`, on a machine that has one.
+"""The policy on a GPU: bf16, TransformerEngine, packed attention, NCCL. `TEST_PYTHON=python bash tests/run.sh -m gpu`, where there is one.
 
 The same measurement on the CPU backend runs with every test run, so that what is compared here is known to be comparable.
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-GAP_MEAN, GAP_MAX = 0.02, 0.3  # nats, between bf16 and the fp32 reference; logits of the tiny model spread over about +-4
+GAP_MEAN, GAP_MAX = 0.04, 0.3  # nats, between bf16 and the fp32 reference; the CPU backend shows 0.015 and 0.064
 NUM_SAMPLES = 8
 
 

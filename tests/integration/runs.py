@@ -18,9 +18,28 @@ import psutil
 TESTS = Path(__file__).parents[1]
 MARK = "MEGATRON_DAPO_TEST_RUN"  # in the environment of a run and of everything it starts
 VERIFIERS = """
-def even(response, answer):
-    # Random weights are right half of the time, so most groups are mixed.
-    return sum(map(ord, response)) % 2 == 0
+import json, os, time
+from pathlib import Path
+
+
+def third(response, answer):
+    # Random weights are right for a third of the samples, so most groups are mixed and some are all wrong.
+    hold()
+    return sum(map(ord, response)) % 3 == 0
+
+
+def hold():
+    # DAPO_TEST_HOLD="RUN_DIR STEP": once that step is recorded, wait in the next one until RUN_DIR/release exists.
+    if "DAPO_TEST_HOLD" not in os.environ:
+        return
+    folder, step = os.environ["DAPO_TEST_HOLD"].rsplit(" ", 1)
+    metrics = Path(folder, "metrics.jsonl")
+    lines = metrics.read_text().split(chr(10))[:-1] if metrics.exists() else []
+    if not lines or json.loads(lines[-1])["step"] < int(step):
+        return
+    Path(folder, "held").touch()
+    while not Path(folder, "release").exists():
+        time.sleep(0.02)
 """
 
 
@@ -43,8 +62,9 @@ def overrides(model: Path, data: Path, run_dir: Path, **values: Any) -> list[str
         "rollout.max_concurrency": 64,
         "sampling.prompts_per_step": 4,
         "sampling.samples_per_prompt": 4,
-        "sampling.max_age": 0,
-        "reward.verifier": "dapo_test_verifiers:even",
+        "rollout.seeded": True,
+        "reward.verifier": "dapo_test_verifiers:third",
+        "reward.timeout_s": 300,
         "optimizer.lr": 0.003,
         "batch.max_tokens": 256,
         "data.path": data,
@@ -83,7 +103,7 @@ class Run:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 240) -> int:
+    def wait(self, timeout_s: float = 600) -> int:
         return self.process.wait(timeout_s)
 
     def processes(self) -> list[psutil.Process]:
@@ -104,7 +124,7 @@ class Run:
                     found.append(process)
         return found
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 180) -> Any:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 400) -> Any:
         """Poll until `condition()` is true and return it; fails with the log when the run ends or time is up."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
@@ -113,7 +133,7 @@ class Run:
             time.sleep(0.02)
         return value
 
-    def all_gone(self, timeout_s: float = 15) -> bool:
+    def all_gone(self, timeout_s: float = 30) -> bool:
         """Whether every process of the run ends within the time, without help."""
         deadline = time.monotonic() + timeout_s
         while left := self.processes():

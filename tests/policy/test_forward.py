@@ -1,0 +1,77 @@
+"""What a micro-batch holds, by hand."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_dapo.policy.forward import make_micro_batch, response_logprobs
+from megatron_dapo.types import Batch
+
+# Three samples of 3, 4 and 2 tokens; the second has a response of 2, the third one of 1, the first one is masked out
+BATCH = Batch(
+    tokens_T=torch.tensor([10, 11, 12, 20, 21, 22, 23, 30, 31]),
+    response_mask_T=torch.tensor([False, False, False, False, False, True, True, False, True]),
+    rollout_logprobs_T=torch.tensor([0, 0, -0.1, 0, 0, -0.2, -0.3, 0, -0.4]),
+    advantages_N=torch.tensor([1.0, 2.0, 3.0]),
+    fresh_N=torch.tensor([True, False, True]),
+    lengths=(3, 4, 2),
+    mini_batches=(),
+)
+STARTS = [0, *itertools.accumulate(BATCH.lengths)]
+
+
+def micro(indices, align=1):
+    return make_micro_batch(BATCH, indices, STARTS, align=align, device="cpu")
+
+
+def test_two_samples_in_another_order():
+    found = micro((2, 1))
+    assert found.tokens_1T.tolist() == [[30, 31, 20, 21, 22, 23]]
+    assert found.positions_1T.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert found.bounds.tolist() == [0, 2, 6] and found.bounds.dtype == torch.int32 and found.max_length == 4
+    assert found.rows_R.tolist() == [0, 3, 4]  # each predicts the next token
+    assert found.labels_R.tolist() == [31, 22, 23]
+    assert found.rollout_logprobs_R.tolist() == pytest.approx([-0.4, -0.2, -0.3])
+    assert found.advantages_R.tolist() == [3.0, 2.0, 2.0]
+    assert found.fresh_R.tolist() == [True, False, False]
+    assert found.flat_R.tolist() == [8, 5, 6]
+
+
+def test_a_masked_sample_is_run_but_not_trained_on():
+    found = micro((0,))
+    assert found.tokens_1T.tolist() == [[10, 11, 12]] and found.rows_R.tolist() == [] and found.flat_R.tolist() == []
+
+
+def test_padding_is_a_sequence_of_its_own():
+    found = micro((2, 0), align=4)
+    assert found.tokens_1T.tolist() == [[30, 31, 10, 11, 12, 0, 0, 0]]
+    assert found.positions_1T.tolist() == [[0, 1, 0, 1, 2, 0, 1, 2]]
+    assert found.bounds.tolist() == [0, 2, 5, 8] and found.max_length == 3
+    assert found.rows_R.tolist() == [0]
+
+
+def test_no_padding_where_it_fits():
+    assert micro((1,), align=4).bounds.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("align", [1, 2, 4])
+def test_an_empty_micro_batch_is_padding_alone(align):
+    found = micro((), align=align)
+    assert found.tokens_1T.tolist() == [[0] * align] and found.bounds.tolist() == [0, align]
+    assert all(len(x) == 0 for x in (found.rows_R, found.labels_R, found.advantages_R, found.fresh_R, found.flat_R))
+
+
+def test_logprobs_at_a_temperature_without_the_padded_vocabulary():
+    found = micro((1,))
+    logits = torch.zeros(1, 4, 26)
+    logits[0, :, 22], logits[0, :, 24:] = 2.0, 50.0  # 24 and 25 are padding
+    place = SimpleNamespace(tp_rank=0, tp_group=None)
+    logprobs, entropy = response_logprobs(logits, found, place, vocab_size=24, temperature=0.5)
+    exp4 = torch.tensor(4.0, dtype=torch.float64).exp()
+    log_z = (exp4 + 23).log()
+    assert logprobs.tolist() == pytest.approx([float(4 - log_z), float(-log_z)], rel=1e-6)
+    assert entropy.tolist() == pytest.approx([float(log_z - 4 * exp4 / (exp4 + 23))] * 2, rel=1e-6)

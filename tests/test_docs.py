@@ -1,0 +1,48 @@
+"""The pages name what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_dapo.report.step import step_metrics
+from megatron_dapo.rollout.collect import Collected
+from megatron_dapo.types import Completion, Group, Prompt, StepResult
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
+NOT_OF_A_STEP = {"step", "eval/accuracy"}  # added by the reporter and by the trainer
+
+
+def test_metrics_page_lists_exactly_what_a_step_reports():
+    completion = Completion(tokens=(5,), logprobs=(-1.0,), finish_reason="stop", weight_version=0)
+    prompt = Prompt(position=0, row=0, text="1+1=", answer="2", tokens=(3, 4))
+    group = Group(prompt=prompt, completions=(completion, completion), correct=(True, False), rewards=(1.0, -1.0))
+    names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
+    result = StepResult(
+        loss=0.0, grad_norm=1.0, num_tokens=2, num_updates=1, num_micro_batches=1, lr=1e-6, metrics=dict.fromkeys(names, 0.0)
+    )
+    reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), result, {}, 0.0, 1)
+    documented = re.findall(r"^\| `([a-z_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    assert len(documented) == len(set(documented))
+    assert set(documented) == reported.keys() | NOT_OF_A_STEP
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Relative links, and repository paths in backticks or after bash and python, that lead nowhere. Images are made by runs."""
+    links = re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:)([^)#]+)\)", text)
+    paths = re.findall(r"`((?:tools|tests|examples|docs|megatron_dapo)/[\w./-]+)`", text)
+    paths += re.findall(r"\b(?:bash|python) ((?:tools|tests|examples|\.ci)/[\w./-]+)", text)
+    return [link for link in links if not (page.parent / link).exists()] + [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert broken_links(page, page.read_text()) == []
+
+
+def test_a_broken_link_would_be_seen():
+    text = "[a](README.md) [b](gone.md) `tools/plot.py` `tools/gone.py` bash tests/gone.sh [c](https://example.org/x)"
+    assert broken_links(ROOT / "README.md", text) == ["gone.md", "tools/gone.py", "tests/gone.sh"]
