@@ -7,6 +7,7 @@ controller's part. A folder gets its name only when it is whole, so a crash whil
 from __future__ import annotations
 
 import os
+import queue
 import re
 import shutil
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dapo.policy.optimizer import load_optimizer
@@ -23,6 +25,9 @@ from megatron_dapo.policy.step import Policy
 
 _NAME = re.compile(r"step_(\d{6})$")
 _SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}  # loads at any data-parallel size, same tensor and pipeline size
+# Saves are synchronous, so their results may stay in this process. Megatron's own queue is a server process of every rank, which
+# takes seconds to start and outlives a kill -9.
+filesystem_async._results_queue = queue.Queue()
 
 
 class SaveFailed(RuntimeError):

@@ -165,7 +165,7 @@ def run_rank(config: RunConfig) -> int:
         signal.signal(sign, lambda *_: os._exit(0))
     import warnings
 
-    warnings.filterwarnings("ignore", module=r"(torch|megatron)\b")
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|megatron_dapo\.policy\.cpu)\b")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import torch
 
