@@ -27,9 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, the layout and the processes, and stop"
     )
-    options, rest = parser.parse_known_args(arguments)
-    if rest:
-        parser.error(f"unknown option {rest[0]!r}")
+    options = parser.parse_intermixed_args(arguments)
     try:
         path, overrides = options.config, list(options.overrides)
         if path and "=" in path:

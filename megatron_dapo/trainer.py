@@ -73,7 +73,7 @@ class Trainer:
                 signal.signal(sign, signal.SIG_IGN)
 
     def run(self) -> None:
-        """Train until run.max_steps, the end of the data, or a signal; then save, export and evaluate."""
+        """Train until run.max_steps, the end of the data, or a signal; then save and export."""
         try:
             self.with_engines(Controller.connect)
             self.publish()
@@ -183,9 +183,11 @@ class Trainer:
                 )
         every = self.config.evaluation.every_steps
         try:
-            accuracy = self.evaluate() if every and self.step % every == 0 else None
+            last = self.step == self.config.run.max_steps or self.exhausted
+            accuracy = self.evaluate() if last or (every and self.step % every == 0) else None
             if accuracy is not None:
                 metrics["eval/accuracy"] = accuracy
+                self.say(f"held-out accuracy after step {self.step}: {accuracy:.3f}")
         finally:
             if self.controller:
                 self.controller.reporter.record(self.step, metrics)
@@ -198,6 +200,7 @@ class Trainer:
         accuracy = self.evaluate()
         if self.controller and accuracy is not None:
             self.controller.reporter.record(0, {"eval/accuracy": accuracy})
+            self.say(f"held-out accuracy before training: {accuracy:.3f}")
 
     def save(self) -> None:
         """A checkpoint between two steps (checkpoint.py)."""
@@ -209,7 +212,7 @@ class Trainer:
         checkpoint.save(self.run_dir, self.policy, state, self.config.checkpoint.keep)
 
     def finish(self) -> None:
-        """Final checkpoint, Hugging Face export and evaluation."""
+        """Final checkpoint and Hugging Face export."""
         self.save()
         if self.config.checkpoint.export_hf:
             self.weights.export(self.run_dir / "hf", self.policy.folder)
@@ -217,9 +220,6 @@ class Trainer:
         if self.config.run.verify_sync:
             compared = self.with_engines(lambda controller: controller.verify(self.run_dir / "hf"))
             self.say(f"verified: {compared} parameters in the engines equal those of a fresh server on the export")
-        accuracy = self.evaluate()
-        if accuracy is not None:
-            self.say(f"held-out accuracy after step {self.step}: {accuracy:.3f}")
 
     def with_engines(self, work: Callable[[Controller], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank.

@@ -50,7 +50,7 @@ class UpdateDigests:
         self._methods = [method for method in methods.values() if method is not None]
         for method in self._methods:
             # On the instance: gone with detach(), and invisible to other models.
-            method.process_weights_after_loading = functools.partial(self._take_first, method)
+            vars(method)["process_weights_after_loading"] = functools.partial(self._take_first, method)
 
     def _take_first(self, method: Any, layer: torch.nn.Module) -> Any:
         for name, parameter in layer.named_parameters(recurse=False):
@@ -69,7 +69,7 @@ class UpdateDigests:
 
 def sha256(tensor: torch.Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy()).hexdigest()
+    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
 
 
 def write_digests(digests: dict[str, str], label: str) -> None:

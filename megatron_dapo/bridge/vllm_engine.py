@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._received.update(names)
         with open(update_info.path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.model.load_weights(views(memory, update_info.tensors))
+        model: Any = self.model
+        model.load_weights(views(memory, update_info.tensors))
         own_waiting_tensors(self.model, memory)
 
     def finish_weight_update(self) -> None:
@@ -130,10 +131,10 @@ def own_waiting_tensors(model: torch.nn.Module, memory: mmap.mmap) -> None:
                     call.arguments[name] = value.clone()
 
 
-def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+def tied_layers(model: torch.nn.Module) -> list[Any]:
     """Layers that received nothing because all their parameters belong to another layer that did (a tied lm_head)."""
     loaded: set[int] = set()
-    idle: list[tuple[torch.nn.Module, dict[str, torch.Tensor]]] = []
+    idle: list[tuple[torch.nn.Module, Mapping[str, torch.Tensor]]] = []
     for layer in model.modules():
         info = get_layerwise_info(layer)
         parameters = (
