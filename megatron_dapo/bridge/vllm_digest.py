@@ -69,7 +69,7 @@ class UpdateDigests:
 
 def sha256(tensor: torch.Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def write_digests(digests: dict[str, str], label: str) -> None:
