@@ -22,8 +22,8 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 # PyPI's torch for Linux is a CUDA build. Prefer a CPU wheel that pip already finds; else PyTorch's public CPU index.
 version=$(sed -n 's/^torch==//p' "$root/requirements-cpu.txt")
 if ! "$venv/bin/python" -c "import torch; assert torch.__version__ == '$version+cpu'" 2>/dev/null; then
-  pip install --quiet --no-deps "torch==$version+cpu" 2>/dev/null ||
-    pip install --quiet --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu" || {
+  pip install -qq --no-deps "torch==$version+cpu" 2>/dev/null ||
+    pip install -qq --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu" || {
       say "no CPU wheel of torch $version: pip found none and PyTorch's public CPU index did not answer."
       say "Download torch-$version+cpu-cp311-*.whl on another machine, then: PIP_FIND_LINKS=/folder/with/it bash tools/setup_cpu.sh"
       exit 1
@@ -32,8 +32,8 @@ fi
 lock=$(mktemp)
 trap 'rm -f "$lock"' EXIT
 grep -v '^torch==' "$root/requirements-cpu.txt" > "$lock"
-pip install --quiet --no-deps -r "$lock"
-pip install --quiet --no-deps --no-build-isolation --editable "$root"
+pip install -qq --no-deps -r "$lock"
+pip install -qq --no-deps --no-build-isolation --editable "$root"
 
 say "checking the imports"
 (cd / && "$venv/bin/python" - <<'PY') || { say "the environment does not import; remove .venv and run this again"; exit 1; }
