@@ -10,10 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import helpers (tiny, push) by name
 
-from tiny import make_tiny_model
-
-MAX_MODEL_LEN = 1024
-TOKEN = "token-of-the-test-session"
+from tiny import MAX_MODEL_LEN, TOKEN, make_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ import torch
 
 SPECIAL = ("<|pad|>", "<|eos|>", "<|unk|>")
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
+# Of the session's vLLM server (conftest.py).
+MAX_MODEL_LEN = 1024
+TOKEN = "token-of-the-test-session"
 
 
 def make_tiny_model(

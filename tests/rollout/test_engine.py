@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from aiohttp import web
-from conftest import MAX_MODEL_LEN, TOKEN
+from tiny import MAX_MODEL_LEN, TOKEN
 
 from megatron_dapo.rollout.engine import Engine, EngineDied, GenerationAborted
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TOKEN
+from tiny import TOKEN
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.rollout import launch

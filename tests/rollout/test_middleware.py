@@ -1,6 +1,6 @@
 import aiohttp
 import pytest
-from conftest import TOKEN
+from tiny import TOKEN
 
 from megatron_dapo.rollout.middleware import TOKEN_VARIABLE, RunToken
 
