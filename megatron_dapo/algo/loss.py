@@ -42,7 +42,6 @@ def dapo_loss(
     KL(old || now). The ratio is masked before `exp`, so that whatever stands outside the mask cannot reach the result.
     """
     log_ratio_T = torch.where(mask_T, logprobs_T - old_logprobs_T, 0.0)
-    advantages_T = torch.where(mask_T, advantages_T, 0.0)
     ratio_T = log_ratio_T.exp()
     objective_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - eps_low, 1 + eps_high) * advantages_T)
     if dual_clip is not None:
