@@ -162,6 +162,34 @@ def test_stopping_during_the_start_leaves_nothing(tmp_path, tiny_model):
     wait_until_gone(group, 5)
 
 
+class FakeServer(EngineServer):
+    """A leader that ends on SIGTERM and a helper of its group that ends `delay` seconds later, leaving a file."""
+
+    delay = 0.0
+
+    def arguments(self, port: int) -> list[str]:
+        helper = (
+            f"import pathlib, time; time.sleep(1 + {self.delay}); pathlib.Path({str(self.log_path.parent)!r}, 'tidy').touch()"
+        )
+        return ["-c", f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {helper!r}]); time.sleep(100)"]
+
+
+@pytest.mark.parametrize(("delay", "tidied"), [(0.0, True), (60.0, False)])
+def test_helpers_may_tidy_up_but_not_forever(monkeypatch, tmp_path, delay, tidied):
+    monkeypatch.setattr(launch, "STOP_GRACE_S", 3.0)
+    monkeypatch.setattr(FakeServer, "delay", delay)
+    server = FakeServer(0, "model", RolloutConfig(), "fp32", 128, tmp_path, TOKEN, 0, device="cpu")
+    server.start()
+    group = server.pid
+    time.sleep(0.5)
+    assert server.poll() is None
+    start = time.monotonic()
+    server.stop()
+    assert time.monotonic() - start < 3.0 + 1.0
+    assert (tmp_path / "logs" / "tidy").exists() == tidied
+    wait_until_gone(group, 1)
+
+
 OWNER = """
 import asyncio, sys, time
 from pathlib import Path
