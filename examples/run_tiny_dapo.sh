@@ -7,6 +7,6 @@ python=$root/.venv/bin/python
 base=$root/.cache/tiny_base
 
 bash "$root/tools/setup_cpu.sh"
-"$python" "$root/examples/make_tiny_base.py" --out "$base"
+OMP_WAIT_POLICY=PASSIVE "$python" "$root/examples/make_tiny_base.py" --out "$base"
 exec "$python" -m megatron_dapo.train "$root/examples/configs/tiny.yaml" \
   "model.path=$base" "data.path=$base/train.jsonl" "evaluation.path=$base/eval.jsonl" "run.dir=$root/runs/tiny_dapo" "$@"

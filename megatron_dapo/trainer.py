@@ -144,10 +144,11 @@ class Trainer:
         for k in range(len(batch.mini_batches)):
             try:
                 results.append(self.policy.update(batch, k, old_logprobs_T))
-            except NonFiniteLoss:
+            except NonFiniteLoss as error:
+                dump = self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"
                 if self.controller:
-                    torch.save(batch, self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt")
-                raise
+                    torch.save(batch, dump)
+                raise NonFiniteLoss(f"{error}; the batch is in {dump}") from error
             if self.controller:
                 self.controller.reporter.progress("update", k + 1, len(batch.mini_batches))
         return combine(results)
