@@ -30,6 +30,7 @@ def make_batch(**changed) -> Batch:
         "rollout_logprobs_T": torch.zeros(5),
         "advantages_N": torch.zeros(2),
         "lengths": (2, 3),
+        "fresh_N": torch.ones(2, dtype=torch.bool),
         "mini_batches": (MiniBatch(micro_batches=(((0, 1),),), num_tokens=3),),
     }
     return Batch(**{**values, **changed})
