@@ -126,6 +126,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
     world = config.layout.to_layout().world_size
     if on_cpu(config):
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins at a barrier takes a core from the engines
     previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
     settings = LaunchConfig(
         min_nodes=1,
