@@ -181,7 +181,9 @@ class EngineServer:
             "--disable-fastapi-docs",
         ]
         if self._on_cpu:
-            arguments += ["--enforce-eager"]
+            # A prompt prefilled in parts makes vLLM rewind the request's generator, which only CUDA's can: with a seed on CPU
+            # that ends the engine.
+            arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
         else:
             arguments += ["--enable-sleep-mode", "--gpu-memory-utilization", str(rollout.memory_utilization)]
         if self._extra_env.get(DIGEST_VARIABLE):
@@ -209,6 +211,8 @@ class EngineServer:
             environment |= {
                 "VLLM_CPU_KVCACHE_SPACE": str(self._rollout.cpu_kv_cache_gib),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                # One thread per sequence's attention: log-probabilities then do not depend on what else is in the batch.
+                "VLLM_CPU_ATTN_SPLIT_KV": "0",
                 # A thread that spins at a barrier keeps its partner from the core they share with other processes: with all
                 # cores busy, hundreds of tokens/s instead of thousands. On an idle machine passive waiting costs a few percent.
                 "OMP_WAIT_POLICY": "PASSIVE",

@@ -20,8 +20,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from runs import Run, metrics, overrides, started, write_data
 from tiny import make_tiny_model
+from tiny_runs import Run, metrics, overrides, started, write_data
 
 pytestmark = pytest.mark.timeout(1800)  # a busy machine needs minutes for a server's start alone
 STEPS = 5

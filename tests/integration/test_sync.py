@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import metrics, overrides, started, write_data
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
+from tiny_runs import metrics, overrides, started, write_data
 
 pytestmark = pytest.mark.timeout(1800)
 ENGINES = [1, pytest.param(2, marks=pytest.mark.slow)]
