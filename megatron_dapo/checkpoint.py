@@ -6,6 +6,7 @@ controller's part. A folder gets its name only when it is whole, so a crash whil
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import re
@@ -92,6 +93,16 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
     return final
 
 
+def set_aside(run_dir: Path, step: int) -> Path | None:
+    """Move the run folder's checkpoints away when some are of a later step than the run starts from: they are of another run,
+    and the newest are kept and resumed from. Returns where to. Rank 0 only, after `load`."""
+    folder = run_dir / "checkpoints"
+    if not any(int(_NAME.search(p.name)[1]) > step for p in _complete(folder)):  # type: ignore[index]
+        return None
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"checkpoints.{n}").exists())
+    return folder.rename(folder.with_name(f"checkpoints.{number}"))
+
+
 @torch.no_grad()
 def load(folder: Path, policy: Policy) -> RunState:
     """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on every rank)."""
@@ -103,6 +114,7 @@ def load(folder: Path, policy: Policy) -> RunState:
     rest = torch.load(folder / "run.pt", weights_only=False)
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
+    dist.barrier(group=policy.place.control)  # all have read it
     return rest["state"]
 
 

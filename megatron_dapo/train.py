@@ -18,6 +18,7 @@ from typing import Any
 from megatron_dapo.config import RunConfig
 
 _PR_SET_PDEATHSIG = 1
+RUN_ID = "megatron_dapo"  # torchrun's name of the groups of ranks that `start_ranks` starts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
             path, overrides = None, [path, *overrides]
         config = RunConfig.load(path, overrides)
         if "RANK" in os.environ:
+            if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:
+                check(config)  # `launch` did not
             return run_rank(config)
         if options.dry_run:
             check(config)
@@ -91,6 +94,18 @@ def on_cpu(config: RunConfig) -> bool:
     return config.run.device == "cpu" or not torch.cuda.is_available()
 
 
+def prepare_device(config: RunConfig) -> bool:
+    """Give this rank its share of the cores, or its GPU. Returns `on_cpu`."""
+    import torch
+
+    cpu = on_cpu(config)
+    if cpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return cpu
+
+
 def describe(config: RunConfig) -> str:
     """The resolved configuration, the layout and the processes a run would start."""
     layout, rollout = config.layout.to_layout(), config.rollout
@@ -134,7 +149,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         nproc_per_node=world,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        run_id="megatron_dapo",
+        run_id=RUN_ID,
         max_restarts=0,
         monitor_interval=0.2,
         signals_to_handle="SIGQUIT",  # SIGTERM and SIGINT are ours, below
@@ -143,10 +158,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         elastic_launch(settings, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        print(
-            f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above.",
-            file=sys.stderr,
-        )
+        print(f"error: rank {rank} ended with exit code {failure.exitcode}; its message is above", file=sys.stderr)
         return 1
     finally:
         for sign, handler in previous.items():
@@ -166,13 +178,7 @@ def run_rank(config: RunConfig) -> int:
 
     warnings.filterwarnings("ignore", module=r"(torch|megatron|megatron_dapo\.policy\.cpu)\b")
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    import torch
-
-    cpu = on_cpu(config)
-    if cpu:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    cpu = prepare_device(config)
     from megatron_dapo.policy import parallel
     from megatron_dapo.trainer import EXPECTED, Trainer
 

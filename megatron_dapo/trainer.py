@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from megatron_dapo.rollout.controller import Controller, StopRequested
 from megatron_dapo.rollout.engine import EngineDied
 from megatron_dapo.rollout.fleet import SyncMismatch
 from megatron_dapo.rollout.launch import EngineStartTimeout
-from megatron_dapo.types import Batch, StepResult
+from megatron_dapo.types import Batch, Group, StepResult
 
 T = TypeVar("T")
 # Ends of a run that explain themselves; the last checkpoint is intact in each case.
@@ -43,6 +43,13 @@ EXPECTED = (
     SyncMismatch,
     checkpoint.SaveFailed,
 )
+
+
+def make_batch(groups: Sequence[Group], config: RunConfig) -> Batch:
+    """Advantages, then micro-batches for the run's layout (algo/)."""
+    samples = with_advantages(groups, normalize=config.objective.advantage, filter_overlong=config.reward.overlong_filter)
+    updates = min(config.batch.updates_per_step, len(samples))
+    return pack(samples, dp=config.layout.data_parallel, num_updates=updates, max_tokens=config.batch.max_tokens)
 
 
 class Trainer:
@@ -61,7 +68,10 @@ class Trainer:
         state = checkpoint.load(found, self.policy) if found else None
         if state:
             self.step = state.step
+        self.saved_step = self.step  # nothing is lost that a checkpoint could keep
         if self.policy.place.rank == 0:
+            if aside := checkpoint.set_aside(self.run_dir, self.step):
+                print(f"checkpoints of an earlier run were moved to {aside}", flush=True)
             reporter = Reporter(self.run_dir, config, self.step + 1 if state else None)
             reporter.message(f"resuming from {found}" if found else f"starting in {self.run_dir}")
             self.controller = Controller(config, self.policy.hf, self.policy.folder, reporter)
@@ -96,6 +106,9 @@ class Trainer:
         """One rollout batch, `batch.updates_per_step` optimizer updates, one weight push."""
         self.clock = {}
         began = time.perf_counter()
+        with self.timed("checkpoint"):  # the step before this one is on record by now
+            if self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
+                self.save()
         with self.timed("rollout"):
             collected, batch = self.collect()
         if batch is None:
@@ -108,9 +121,6 @@ class Trainer:
         self.step += 1
         with self.timed("sync"):
             self.publish()
-        with self.timed("checkpoint"):
-            if self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
-                self.save()
         self.clock["step"] = time.perf_counter() - began
         self.record(collected, result)
 
@@ -122,17 +132,7 @@ class Trainer:
             collected = controller.collect()
             if not collected.groups:
                 return None, True
-            samples = with_advantages(
-                collected.groups, normalize=self.config.objective.advantage, filter_overlong=self.config.reward.overlong_filter
-            )
-            layout = self.policy.place.layout
-            batch = pack(
-                samples,
-                dp=layout.dp,
-                num_updates=min(self.config.batch.updates_per_step, len(samples)),
-                max_tokens=self.config.batch.max_tokens,
-            )
-            return batch, collected.exhausted
+            return make_batch(collected.groups, self.config), collected.exhausted
 
         collected: Collected | None = None
         batch, self.exhausted = self.with_engines(work)
@@ -204,13 +204,16 @@ class Trainer:
             self.say(f"held-out accuracy before training: {accuracy:.3f}")
 
     def save(self) -> None:
-        """A checkpoint between two steps (checkpoint.py)."""
+        """A checkpoint of the steps done so far (checkpoint.py), unless there is one."""
+        if self.saved_step == self.step:
+            return
         state = None
         if self.controller:
             state = checkpoint.RunState(
                 step=self.step, prompts=self.controller.prompts.state(), collector=self.controller.collector.state()
             )
         checkpoint.save(self.run_dir, self.policy, state, self.config.checkpoint.keep)
+        self.saved_step = self.step
 
     def finish(self) -> None:
         """Final checkpoint and Hugging Face export."""

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from megatron_dapo.report.metrics import Metric
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -154,4 +156,4 @@ class StepResult:
     num_updates: int
     num_micro_batches: int
     lr: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dapo.algo.packing import pack
+from megatron_dapo.report.metrics import flatten
 from megatron_dapo.types import Batch, Sample
 
 COMMON = ("model.dtype=fp32", "batch.max_tokens=20000")
@@ -90,7 +91,8 @@ def measure(runs: list[dict[str, Any]], old_logprobs: dict[str, list[float]], fo
             results = [policy.update(batch, k % run["num_updates"], old_T) for k in range(2)]
             WeightBuckets(policy.chunk, policy.hf, policy.place, "fp32").export(Path(folder) / run["name"], policy.folder)
             found[run["name"]] = [
-                {"loss": r.loss, "grad_norm": r.grad_norm, "micro_batches": r.num_micro_batches, **r.metrics} for r in results
+                {"loss": r.loss, "grad_norm": r.grad_norm, "micro_batches": r.num_micro_batches, **flatten(r.metrics)}
+                for r in results
             ]
     return found
 

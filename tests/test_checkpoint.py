@@ -100,3 +100,15 @@ def test_find(tmp_path):
 def test_find_refuses_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint\.resume=.*step_000011 is no complete checkpoint.*'auto', 'never'"):
         checkpoint.find(tmp_path, str(tmp_path / "step_000011"))
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):
+    """A new run in an old folder must neither resume from nor be crowded out by later steps that are not its own."""
+    for step in (95, 100):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step:06d}" / "run.pt").touch()
+    assert checkpoint.set_aside(tmp_path, 100) is None  # resumed from the newest: they are its own
+    assert checkpoint.set_aside(tmp_path, 0) == tmp_path / "checkpoints.1"
+    assert checkpoint.find(tmp_path, "auto") is None
+    assert sorted(p.name for p in (tmp_path / "checkpoints.1").iterdir()) == ["step_000095", "step_000100"]
+    assert checkpoint.set_aside(tmp_path, 0) is None

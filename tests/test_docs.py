@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dapo.report.metrics import Mean
 from megatron_dapo.report.step import step_metrics
 from megatron_dapo.rollout.collect import Collected
 from megatron_dapo.types import Completion, Group, Prompt, StepResult
@@ -22,7 +23,13 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
     group = Group(prompt=prompt, completions=(completion, completion), correct=(True, False), rewards=(1.0, -1.0))
     names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
     result = StepResult(
-        loss=0.0, grad_norm=1.0, num_tokens=2, num_updates=1, num_micro_batches=1, lr=1e-6, metrics=dict.fromkeys(names, 0.0)
+        loss=0.0,
+        grad_norm=1.0,
+        num_tokens=2,
+        num_updates=1,
+        num_micro_batches=1,
+        lr=1e-6,
+        metrics=dict.fromkeys(names, Mean(0.0, 1.0)),
     )
     reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), result, {}, 0.0, 1)
     documented = re.findall(r"^\| `([a-z_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)

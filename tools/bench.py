@@ -3,7 +3,7 @@
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
 
-`step`: whole training steps (collect, grade, update, sync) of a 4M-parameter model with random weights: 32 prompts x 8 samples of
+`step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32 prompts x 8 samples of
 20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps after the first two.
 """
 
@@ -74,29 +74,18 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_model(folder: Path) -> None:
-    """About 3.5M parameters, Qwen2 architecture, random weights, a character tokenizer."""
+    """The model of examples/make_tiny_base.py with random weights, and no end of sequence: every response has its full length."""
     import torch
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    characters = ["<eos>", *map(chr, range(32, 127)), "\n"]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    import make_tiny_base  # pyright: ignore[reportMissingImports]
+
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=98,
-        hidden_size=256,
-        intermediate_size=896,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=97,  # beyond the tokenizer: every response has its full length
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer = make_tiny_base.make_tokenizer()
+    model = make_tiny_base.make_model(tokenizer)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_dapo.config import RunConfig
-from megatron_dapo.train import on_cpu, start_ranks
+from megatron_dapo.train import prepare_device, start_ranks
 
 
 def main() -> int:
@@ -44,31 +44,18 @@ def replay(config: RunConfig, options: argparse.Namespace) -> int:
     import warnings
 
     warnings.filterwarnings("ignore")
-    import torch
-
     from megatron_dapo import checkpoint
-    from megatron_dapo.algo.advantages import with_advantages
-    from megatron_dapo.algo.packing import pack
     from megatron_dapo.policy import parallel
     from megatron_dapo.policy.step import Policy, combine
+    from megatron_dapo.report.metrics import flatten
     from megatron_dapo.report.rollouts import load_groups, rollout_path
+    from megatron_dapo.trainer import make_batch
 
-    cpu = on_cpu(config)
-    if cpu:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    else:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    policy = Policy(config, on_cpu=cpu)
+    policy = Policy(config, on_cpu=prepare_device(config))
     if options.checkpoint:
         checkpoint.load(options.checkpoint, policy)
     groups, _ = load_groups(rollout_path(options.run, options.step))
-    samples = with_advantages(groups, normalize=config.objective.advantage, filter_overlong=config.reward.overlong_filter)
-    batch = pack(
-        samples,
-        dp=policy.place.layout.dp,
-        num_updates=min(config.batch.updates_per_step, len(samples)),
-        max_tokens=config.batch.max_tokens,
-    )
+    batch = make_batch(groups, config)
     # Without a checkpoint the weights need not be those that sampled, so the ratio is always taken against them as they are now.
     old_logprobs_T = policy.logprobs(batch)
     result = combine([policy.update(batch, k, old_logprobs_T) for k in range(len(batch.mini_batches))])
@@ -80,7 +67,7 @@ def replay(config: RunConfig, options: argparse.Namespace) -> int:
             "num_tokens": result.num_tokens,
             "num_updates": result.num_updates,
             "num_micro_batches": result.num_micro_batches,
-            **result.metrics,
+            **flatten(result.metrics),
         }
         print(json.dumps(report))
     parallel.stop()

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dapo.bridge import hf
-from megatron_dapo.bridge.names import hf_shapes
+from megatron_dapo.bridge.names import hf_shapes, row_of
 from megatron_dapo.bridge.plan import Piece, pieces
 from megatron_dapo.policy.model import named_shards
 from megatron_dapo.policy.parallel import Place
@@ -80,10 +80,10 @@ class WeightBuckets:
             for name, parameter in named_shards(chunk):
                 if model.tied and name == "output_layer.weight":
                     continue  # the last stage's copy of the embedding
+                if row_of(name).split == "replicated" and place.tp_rank > 0:
+                    continue  # one copy is enough
                 for piece in pieces(name, model, tp=place.layout.tp, tp_rank=place.tp_rank):
-                    replicated = piece.dim == 0 and parameter.dim() == 1 and not name.endswith("linear_qkv.bias")
-                    if not replicated or place.tp_rank == 0:
-                        self._writes[bucket_of[piece.hf]].append((parameter, piece))
+                    self._writes[bucket_of[piece.hf]].append((parameter, piece))
         last = [bucket[-1] for bucket in self._plan]
         size = max(entry.offset + math.prod(entry.shape) * torch_dtype.itemsize for entry in last)
         self._path, self._memory = _shared_memory(size, place)

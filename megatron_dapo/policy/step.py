@@ -23,6 +23,7 @@ from megatron_dapo.policy import cpu, parallel
 from megatron_dapo.policy import model as model_file
 from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_logprobs, run_model
 from megatron_dapo.policy.optimizer import build_optimizer, build_schedule
+from megatron_dapo.report.metrics import Max, Mean, merge
 from megatron_dapo.types import Batch, StepResult
 
 SUMS = ("loss", "num_tokens", "fresh_tokens", "entropy", "clip_low", "clip_high", "kl_old", "gap")
@@ -127,8 +128,8 @@ class Policy:
             num_updates=1,
             num_micro_batches=len(mini.micro_batches[0]),
             lr=self.optimizer.param_groups[0]["lr"],
-            metrics={name: totals[name] / tokens for name in SUMS[2:-1]}
-            | {"gap": totals["gap"] / max(totals["fresh_tokens"], 1), "gap_max": gap_max},
+            metrics={name: Mean(totals[name], mini.num_tokens) for name in SUMS[2:-1]}
+            | {"gap": Mean(totals["gap"], totals["fresh_tokens"]), "gap_max": Max(gap_max)},
         )
 
     def _response_logprobs(self, logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +178,6 @@ def combine(results: list[StepResult]) -> StepResult:
     def mean(values: Iterator[float]) -> float:
         return sum(w * v for w, v in zip(weights, values, strict=True))
 
-    metrics = {name: mean(r.metrics[name] for r in results) for name in results[0].metrics if name != "gap_max"}
     return StepResult(
         loss=mean(r.loss for r in results),
         grad_norm=mean(r.grad_norm for r in results),
@@ -185,5 +185,5 @@ def combine(results: list[StepResult]) -> StepResult:
         num_updates=len(results),
         num_micro_batches=sum(r.num_micro_batches for r in results),
         lr=results[-1].lr,
-        metrics=metrics | {"gap_max": max(r.metrics["gap_max"] for r in results)},
+        metrics=merge(r.metrics for r in results),
     )

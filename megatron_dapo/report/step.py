@@ -7,6 +7,7 @@ from statistics import fmean
 
 import psutil
 
+from megatron_dapo.report.metrics import flatten
 from megatron_dapo.rollout.collect import Collected
 from megatron_dapo.types import StepResult
 
@@ -26,6 +27,7 @@ def step_metrics(
     """
     completions = [c for group in collected.groups for c in group.completions]
     lengths = [len(c.tokens) for c in completions]
+    policy = flatten(result.metrics)
     sampled = collected.sampled or collected.groups
     metrics: dict[str, float] = {
         "update": num_updates,
@@ -37,13 +39,13 @@ def step_metrics(
         "response/truncated": fmean(c.truncated for c in completions),
         "policy/loss": result.loss,
         "policy/grad_norm": result.grad_norm,
-        "policy/entropy": result.metrics["entropy"],
-        "policy/clip_low": result.metrics["clip_low"],
-        "policy/clip_high": result.metrics["clip_high"],
-        "policy/kl_old": result.metrics["kl_old"],
-        "policy/rollout_logprob_gap": result.metrics["gap"],
-        "policy/rollout_logprob_gap_max": result.metrics["gap_max"],
-        "policy/fresh_tokens": result.metrics["fresh_tokens"],
+        "policy/entropy": policy["entropy"],
+        "policy/clip_low": policy["clip_low"],
+        "policy/clip_high": policy["clip_high"],
+        "policy/kl_old": policy["kl_old"],
+        "policy/rollout_logprob_gap": policy["gap"],
+        "policy/rollout_logprob_gap_max": policy["gap_max"],
+        "policy/fresh_tokens": policy["fresh_tokens"],
         "policy/micro_batches": result.num_micro_batches,
         "tokens/trained": result.num_tokens,
         "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),

@@ -44,7 +44,7 @@ class Controller:
         self._runner = asyncio.Runner()
         self._task: asyncio.Task[Any] | None = None
         longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-        self.fleet = Fleet(config, model=folder, max_model_len=min(longest, hf.max_positions), stop_token_ids=hf.eos_token_ids)
+        self.fleet = Fleet(config, model=folder, max_model_len=longest, stop_token_ids=hf.eos_token_ids)
         self.fleet.start()  # the servers load while the rest is set up
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         data = config.data

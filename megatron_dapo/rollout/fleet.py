@@ -9,12 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dapo.bridge.vllm_plugin import DIGEST_VARIABLE
 from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.engine import Engine, EngineDied
 from megatron_dapo.rollout.launch import EngineServer
 from megatron_dapo.types import Completion
-
-DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # read by bridge/vllm_plugin.py
 
 
 class SyncMismatch(RuntimeError):

@@ -19,11 +19,11 @@ from typing import Literal
 
 import aiohttp
 
+from megatron_dapo.bridge.vllm_plugin import BACKEND, DIGEST_VARIABLE, ENGINE_VARIABLE
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.rollout.engine import EngineDied
 
 HOST = "127.0.0.1"
-DIGEST_VARIABLE = "MEGATRON_DAPO_DIGEST_DIR"  # read by bridge/vllm_plugin.py
 LOG_LINES = 20  # lines of the server's log quoted in errors
 ERROR_LINES = 5
 ERROR_LINE = re.compile(r"\b\w+(Error|Exception): .+")  # the last line of a traceback
@@ -172,7 +172,7 @@ class EngineServer:
             *("--max-num-seqs", str(rollout.max_concurrency)),
             *("--tensor-parallel-size", str(rollout.tensor_parallel)),
             *("--middleware", "megatron_dapo.rollout.middleware.RunToken"),
-            *("--weight-transfer-config", json.dumps({"backend": "megatron_dapo"})),
+            *("--weight-transfer-config", json.dumps({"backend": BACKEND})),
             *("--logprobs-mode", "processed_logprobs"),
             *("--uvicorn-log-level", "warning"),
             "--enable-scale-out",  # /inference/v1/generate
@@ -187,7 +187,7 @@ class EngineServer:
         else:
             arguments += ["--enable-sleep-mode", "--gpu-memory-utilization", str(rollout.memory_utilization)]
         if self._extra_env.get(DIGEST_VARIABLE):
-            arguments += ["--load-format", "megatron_dapo"]  # bridge/vllm_digest.py
+            arguments += ["--load-format", BACKEND]  # bridge/vllm_digest.py
         return arguments + list(rollout.extra_args)
 
     def environment(self) -> dict[str, str]:
@@ -198,7 +198,7 @@ class EngineServer:
             if key not in TORCHRUN_VARIABLES and not key.startswith(TORCHRUN_PREFIXES)
         }
         environment |= {
-            "MEGATRON_DAPO_ENGINE": str(self.index),  # tells the plugin that the process is ours
+            ENGINE_VARIABLE: str(self.index),  # tells the plugin that the process is ours
             "MEGATRON_DAPO_TOKEN": self._token,
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
             "VLLM_NO_USAGE_STATS": "1",
