@@ -21,6 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dapo.policy.model import gather_weights
 from megatron_dapo.policy.optimizer import load_optimizer
 from megatron_dapo.policy.step import Policy
 
@@ -108,7 +109,8 @@ def load(folder: Path, policy: Policy) -> RunState:
     """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on every rank)."""
     sharded = _sharded_state(policy, is_loading=True)
     loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
-    policy.chunk.module.load_state_dict(loaded["model"])
+    for number, chunk in enumerate(policy.chunks):
+        chunk.module.load_state_dict(loaded["model"][str(number)])
     load_optimizer(policy.optimizer, loaded["optimizer"])
     policy.schedule.load_state_dict(loaded["schedule"])
     rest = torch.load(folder / "run.pt", weights_only=False)
@@ -119,10 +121,13 @@ def load(folder: Path, policy: Policy) -> RunState:
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
-    module: Any = policy.chunk.module
-    model = module.sharded_state_dict()
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
-    return {"model": module.sharded_state_dict(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+    gather_weights(policy.chunks)
+
+    def model() -> dict[str, Any]:
+        return {str(number): chunk.module.sharded_state_dict() for number, chunk in enumerate(policy.chunks)}
+
+    optimizer = policy.optimizer.sharded_state_dict(model(), is_loading=is_loading, metadata=_SHARDING)
+    return {"model": model(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -38,9 +38,9 @@ class LayoutConfig(Section):
     )
     pipeline_parallel: PositiveInt = Field(default=1, description="Pipeline stages; must divide the number of layers.")
     virtual_pipeline_parallel: PositiveInt | None = Field(
-        default=None, description="Model chunks of each pipeline stage. Only null or 1 is supported yet."
+        default=None, description="Model chunks of each pipeline stage (interleaved schedule); needs pipeline_parallel > 1; null: one."
     )
-    context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence. Only 1 is supported yet.")
+    context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence.")
     expert_parallel: PositiveInt = Field(default=1, description="Ranks that split the experts. Only 1 is supported yet.")
     data_parallel: PositiveInt = Field(
         default=1, description="Replicas that train on different samples; must divide the samples of each update."
@@ -56,6 +56,23 @@ class LayoutConfig(Section):
             ep=self.expert_parallel,
             dp=self.data_parallel,
         )
+
+
+class PolicyConfig(Section):
+    recompute: Literal["selective", "full"] | None = Field(
+        default=None, description="Compute activations again in the backward pass: of some modules, or of whole layers; null: keep them."
+    )
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = Field(
+        default=["core_attn"], description="What 'selective' recomputes."
+    )
+    recompute_layers: PositiveInt = Field(default=1, description="'full': layers recomputed together from one kept input.")
+    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients over data-parallel ranks during the backward pass.")
+    overlap_param_gather: bool = Field(
+        default=False, description="Gather updated weights during the next forward pass; needs overlap_grad_reduce and optimizer.distributed."
+    )
+    overlap_tensor_parallel: bool = Field(
+        default=False, description="TransformerEngine's overlap of tensor-parallel communication (GPU only); needs sequence_parallel."
+    )
 
 
 class RolloutConfig(Section):
@@ -133,6 +150,9 @@ class OptimizerConfig(Section):
     decay: Literal["constant", "cosine"] = Field(default="constant", description="Learning rate after warm-up.")
     decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
     distributed: bool = Field(default=True, description="Shard the optimizer state over data-parallel ranks.")
+    cpu_offload: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the optimizer state that is kept, and updated, in host memory (GPU only)."
+    )
 
 
 class BatchConfig(Section):
@@ -200,6 +220,7 @@ class RunSection(Section):
 class RunConfig(Section):
     model: ModelConfig
     layout: LayoutConfig = LayoutConfig()
+    policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
@@ -241,14 +262,19 @@ class RunConfig(Section):
         """Rules between fields; raises ValueError before any process starts."""
         layout, sampling = self.layout.to_layout(), self.sampling
         for key, value in (
-            ("context_parallel", layout.cp),
             ("expert_parallel", layout.ep),
-            ("virtual_pipeline_parallel", layout.vpp or 1),
         ):
             if value > 1:
                 raise ValueError(
                     f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism"
                 )
+        policy = self.policy
+        if policy.overlap_param_gather and not (policy.overlap_grad_reduce and self.optimizer.distributed):
+            raise ValueError(
+                "policy.overlap_param_gather=true needs policy.overlap_grad_reduce=true and optimizer.distributed=true; set both or drop it"
+            )
+        if policy.overlap_tensor_parallel and not layout.sp:
+            raise ValueError("policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the overlap")
         num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
         parts = self.batch.updates_per_step * layout.dp
         if num_samples % parts:

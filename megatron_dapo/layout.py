@@ -29,6 +29,11 @@ class Layout:
         for name in ("tp", "cp", "ep", "pp", "dp"):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name}={size} must be at least 1")
+        if self.vpp is not None and (self.vpp < 2 or self.pp == 1):
+            raise ValueError(
+                f"layout.virtual_pipeline_parallel={self.vpp} needs at least 2 chunks and layout.pipeline_parallel > 1, got {self.pp}; "
+                "set it to null for one chunk a stage"
+            )
         if self.sp and self.tp == 1:
             raise ValueError(
                 "layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank nothing is split"
@@ -37,6 +42,11 @@ class Layout:
     @property
     def world_size(self) -> int:
         return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def num_stages(self) -> int:
+        """Model chunks from the first layer to the last."""
+        return self.pp * (self.vpp or 1)
 
     def coordinates(self, rank: int) -> Coordinates:
         if not 0 <= rank < self.world_size:
@@ -69,8 +79,7 @@ class Layout:
                     f"layout.tensor_parallel={self.tp} does not divide the model's {size} {name}; "
                     f"use one of {[d for d in range(1, size + 1) if size % d == 0 and d <= 64]}"
                 )
-        stages = self.pp * (self.vpp or 1)
-        if num_layers % stages:
+        if num_layers % self.num_stages:
             raise ValueError(
                 f"layout.pipeline_parallel={self.pp} (x virtual {self.vpp or 1}) does not divide the model's {num_layers} layers; "
                 f"use one of {[d for d in range(1, num_layers + 1) if num_layers % d == 0]} stages"

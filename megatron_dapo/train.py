@@ -63,6 +63,19 @@ def check(config: RunConfig) -> None:
         hidden_size=model.hidden_size,
         ffn_size=model.ffn_size,
     )
+    per_chunk = model.num_layers // config.layout.to_layout().num_stages
+    if config.policy.recompute == "full" and per_chunk % config.policy.recompute_layers:
+        raise ValueError(
+            f"policy.recompute_layers={config.policy.recompute_layers} does not divide the {per_chunk} layers of a pipeline stage's "
+            f"chunk; use one of {[d for d in range(1, per_chunk + 1) if per_chunk % d == 0]}"
+        )
+    if on_cpu(config):
+        for key, value in (
+            ("policy.overlap_tensor_parallel", config.policy.overlap_tensor_parallel),
+            ("optimizer.cpu_offload", config.optimizer.cpu_offload),
+        ):
+            if value:
+                raise ValueError(f"{key}={value} needs a GPU and run.device=cpu has none; drop it for runs on the CPU")
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if longest > model.max_positions:
         raise ValueError(

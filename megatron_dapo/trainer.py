@@ -62,7 +62,7 @@ class Trainer:
         self.exhausted = False
         self.clock: dict[str, float] = {}
         self.policy = Policy(config, on_cpu=on_cpu)
-        self.weights = WeightBuckets(self.policy.chunk, self.policy.hf, self.policy.place, config.model.dtype)
+        self.weights = WeightBuckets(self.policy.chunks, self.policy.hf, self.policy.place, config.model.dtype)
         self.controller: Controller | None = None  # on rank 0 only
         found = checkpoint.find(self.run_dir, config.checkpoint.resume)
         state = checkpoint.load(found, self.policy) if found else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name -> ranks, overrides
     "pp2": (2, ["layout.pipeline_parallel=2"]),
     "dp2": (2, ["layout.data_parallel=2"]),
     "tp2_pp2": (4, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2"]),
+    "cp2": (2, ["layout.context_parallel=2"]),
+    "tp2_sp_pp2_vpp2": (4, ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2"]),
+    "pp2_vpp2": (2, ["layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2"]),
+    "tp2_sp_pp2": (4, ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.pipeline_parallel=2"]),
+    "tp2_cp2": (4, ["layout.tensor_parallel=2", "layout.context_parallel=2"]),
+    "tp2_sp_cp2": (4, ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.context_parallel=2"]),
+    "dp2_cp2": (4, ["layout.data_parallel=2", "layout.context_parallel=2"]),
     "tp2_pp2_dp2": (8, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2", "layout.data_parallel=2"]),
 }
 
@@ -89,7 +97,7 @@ def measure(runs: list[dict[str, Any]], old_logprobs: dict[str, list[float]], fo
             batch = plan(samples, dp=policy.place.layout.dp, num_updates=run["num_updates"], budget=run["budget"])
             old_T = torch.tensor(old_logprobs[run["model"]])
             results = [policy.update(batch, k % run["num_updates"], old_T) for k in range(2)]
-            WeightBuckets(policy.chunk, policy.hf, policy.place, "fp32").export(Path(folder) / run["name"], policy.folder)
+            WeightBuckets(policy.chunks, policy.hf, policy.place, "fp32").export(Path(folder) / run["name"], policy.folder)
             found[run["name"]] = [
                 {"loss": r.loss, "grad_norm": r.grad_norm, "micro_batches": r.num_micro_batches, **flatten(r.metrics)}
                 for r in results
@@ -108,7 +116,7 @@ def logprobs_and_export(runs: list[dict[str, Any]], folder: str) -> dict[str, An
                 continue
             found[run["name"]] = policy.logprobs(plan(samples, dp=policy.place.layout.dp, num_updates=2, budget="half")).tolist()
             for size in run["bucket_bytes"]:
-                buckets = WeightBuckets(policy.chunk, policy.hf, policy.place, "fp32", bucket_bytes=size)
+                buckets = WeightBuckets(policy.chunks, policy.hf, policy.place, "fp32", bucket_bytes=size)
                 buckets.export(Path(folder) / f"{run['name']}-{size}", policy.folder)
     return found
 
@@ -118,7 +126,7 @@ def _state(policy: Any) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for parameter in policy.chunk.parameters():
+    for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
         digest.update(parameter.detach().numpy().tobytes())
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         for group in part.optimizer.param_groups:

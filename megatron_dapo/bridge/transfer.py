@@ -1,6 +1,6 @@
 """Moving the policy's weights off its ranks: buckets of Hugging Face tensors in memory shared by the processes of one host.
 
-Every rank of the first data-parallel replica copies its own slices straight to where they stand in the Hugging Face tensor,
+Every rank of the first replica copies its own slices straight to where they stand in the Hugging Face tensor,
 so nothing is gathered. Publishing to engines and exporting a checkpoint are two readers of the same buckets.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_dapo.bridge import hf
 from megatron_dapo.bridge.names import hf_shapes, row_of
 from megatron_dapo.bridge.plan import Piece, pieces
-from megatron_dapo.policy.model import named_shards
+from megatron_dapo.policy.model import gather_weights, named_shards
 from megatron_dapo.policy.parallel import Place
 
 ALIGNMENT = 64  # bytes; vectorised copies like it
@@ -70,14 +70,14 @@ class WeightBuckets:
     ValueError when the ranks are on more than one host.
     """
 
-    def __init__(self, chunk: Any, model: hf.HFModel, place: Place, dtype: str, bucket_bytes: int = 1 << 30) -> None:
-        self._place, self._dtype = place, dtype
+    def __init__(self, chunks: Sequence[Any], model: hf.HFModel, place: Place, dtype: str, bucket_bytes: int = 1 << 30) -> None:
+        self._chunks, self._place, self._dtype = chunks, place, dtype
         torch_dtype = hf.DTYPES[dtype]
         self._plan = plan_buckets(hf_shapes(model), torch_dtype.itemsize, bucket_bytes)
         bucket_of = {entry.name: number for number, bucket in enumerate(self._plan) for entry in bucket}
         self._writes: list[list[tuple[torch.Tensor, Piece]]] = [[] for _ in self._plan]
-        if place.dp_rank == 0:
-            for name, parameter in named_shards(chunk):
+        if place.dp_rank == place.cp_rank == 0:
+            for name, parameter in named_shards(chunks):
                 if model.tied and name == "output_layer.weight":
                     continue  # the last stage's copy of the embedding
                 if row_of(name).split == "replicated" and place.tp_rank > 0:
@@ -90,6 +90,7 @@ class WeightBuckets:
 
     def __iter__(self) -> Iterator[Bucket]:
         """Fill one bucket after another. A bucket may be overwritten once the next one is asked for."""
+        gather_weights(self._chunks)
         for entries, writes in zip(self._plan, self._writes, strict=True):
             bucket = Bucket(path=self._path, dtype=self._dtype, entries=entries, tensors=self._views(entries))
             with torch.no_grad():

@@ -7,13 +7,19 @@ over packed sequences (Megatron's own packed attention lives in TransformerEngin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import random as rng
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
+
+from megatron_dapo.policy.forward import zigzag
 
 _CPU = torch.device("cpu")
 
@@ -61,6 +67,11 @@ def install() -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
+    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)  # recomputation saves and restores it; nothing here is random
+    rng._set_cuda_rng_state = lambda *args, **kwargs: None
+    for name in ("activation_recompute_forward", "fp8_autocast"):  # TransformerEngine's, which recomputation of a norm calls
+        setattr(rng, name, lambda **kwargs: contextlib.nullcontext())
+    rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)  # type: ignore[attr-defined]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -80,6 +91,9 @@ class PackedAttention(torch.nn.Module):
 
     Sequences of similar length are put side by side, padded on the right (a causal query never sees later keys), and go
     through one `scaled_dot_product_attention` call, so cost grows with the tokens and not with the pack squared.
+
+    Under context parallelism every rank gathers all keys and values (their gradients are summed on the way back) and attends with
+    its own queries, at their places in the sequence.
     """
 
     def __init__(self, config: Any, layer_number: int, **kwargs: Any) -> None:
@@ -89,6 +103,9 @@ class PackedAttention(torch.nn.Module):
 
     def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedSeqParams, **kwargs: Any):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
+        group = packed_seq_params.cp_group
+        if group is not None and group.size() > 1:
+            return self._split(query, key, value, bounds, group).flatten(1)
         repeat = query.shape[1] // key.shape[1]
         out = torch.zeros_like(query)
         for rows_BL, valid_BL in _buckets(bounds):
@@ -96,6 +113,20 @@ class PackedAttention(torch.nn.Module):
             attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeat > 1)
             out = out.index_put((rows_BL[valid_BL],), attended.transpose(1, 2)[valid_BL])
         return out.flatten(1)
+
+    def _split(self, query, key, value, bounds: list[int], group: Any) -> torch.Tensor:
+        cp = group.size()
+        order = torch.cat([zigzag(bounds, cp, rank) for rank in range(cp)]).argsort()
+        key, value = (gather_from_sequence_parallel_region(x, True, group=group)[order] for x in (key, value))
+        mine_T = zigzag(bounds, cp, group.rank())
+        attended = []
+        for start, end in itertools.pairwise(bounds):
+            here = slice(start // cp, end // cp)
+            mask = mine_T[here, None] >= torch.arange(start, end)
+            q, k, v = (x.transpose(0, 1) for x in (query[here], key[start:end], value[start:end]))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[0] > k.shape[0])
+            attended.append(out.transpose(0, 1))
+        return torch.cat(attended)
 
 
 def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:

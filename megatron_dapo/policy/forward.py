@@ -1,10 +1,14 @@
 """One packed micro-batch through the model: tokens in, log-probabilities of the response tokens out.
 
-Legend: T packed tokens of a micro-batch (padding last), R of them predict a trained response token.
+Legend: T packed tokens of a micro-batch (each sequence padded at its end, padding last), R of this rank's predict a trained
+response token. Under context parallelism a rank holds T / cp tokens: of every sequence, cut into 2 cp chunks, chunk r and chunk
+2 cp - 1 - r, so that causal attention costs every rank the same.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +23,8 @@ from megatron_dapo.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Sequences end to end. `rows_R` are the positions whose *next* token is trained on; the R streams align with them."""
+    """Sequences end to end: this rank's share of them. `rows_R` are the positions in it whose *next* token is trained on; the R
+    streams align with them. `bounds` and `max_length` describe the whole, padded sequences, as Megatron wants them."""
 
     tokens_1T: torch.Tensor
     positions_1T: torch.Tensor
@@ -33,34 +38,58 @@ class MicroBatch:
     flat_R: torch.Tensor  # where the predicted tokens stand in the Batch
 
 
-def make_micro_batch(batch: Batch, indices: Sequence[int], starts: Sequence[int], *, align: int, device: Any) -> MicroBatch:
+def make_micro_batch(
+    batch: Batch, indices: Sequence[int], starts: Sequence[int], *, align: int, device: Any, cp: int = 1, cp_rank: int = 0
+) -> MicroBatch:
     """Gather samples `indices` out of the flat batch; `starts` are their offsets in it.
 
-    The total is padded to a multiple of `align` with one extra sequence nothing is learnt from. No indices: padding only.
+    Under context parallelism each sequence is padded to a multiple of 2 cp. One extra sequence nothing is learnt from makes this
+    rank's share a multiple of `align` tokens. No indices: padding only.
     """
-    lengths = [batch.lengths[i] for i in indices]
-    padding = -sum(lengths) % align or (align if not lengths else 0)
-    flat_T = torch.cat(
-        [torch.arange(starts[i], starts[i] + batch.lengths[i]) for i in indices] or [torch.empty(0, dtype=torch.long)]
-    )
-    pieces = lengths + [padding] * bool(padding)
-    tokens_T = torch.cat([batch.tokens_T[flat_T], torch.zeros(padding, dtype=torch.long)])
-    positions_T = torch.cat([torch.arange(length) for length in pieces])
-    predicted_T = batch.response_mask_T[flat_T]  # never true for the first token of a sample
-    where_R = predicted_T.nonzero().squeeze(1)
-    sample_T = torch.repeat_interleave(torch.tensor(list(indices), dtype=torch.long), torch.tensor(lengths, dtype=torch.long))
+    chunks = 2 * cp if cp > 1 else 1
+    padded = [-(-batch.lengths[i] // chunks) * chunks for i in indices]
+    unit = math.lcm(chunks, cp * align)
+    filler = -sum(padded) % unit if padded else unit
+    source_T = torch.full((sum(padded) + filler,), -1)  # where each token stands in the batch; -1: padding
+    first = 0
+    for i, length in zip(indices, padded, strict=True):
+        source_T[first : first + batch.lengths[i]] = torch.arange(starts[i], starts[i] + batch.lengths[i])
+        first += length
+    real_T = source_T >= 0
+    tokens_T = torch.where(real_T, batch.tokens_T[source_T], 0)
+    pieces = padded + [filler] * bool(filler)
+    bounds = torch.tensor([0, *itertools.accumulate(pieces)], dtype=torch.int32)
+    mine_T = zigzag(bounds.tolist(), cp, cp_rank)
+    here_T = torch.full_like(source_T, -1)
+    here_T[mine_T] = torch.arange(len(mine_T))
+    where_R = (real_T & batch.response_mask_T[source_T]).nonzero().squeeze(1)  # never the first token of a sample
+    where_R = where_R[here_T[where_R - 1] >= 0]
+    flat_R = source_T[where_R]
+    sample_R = torch.bucketize(flat_R, torch.tensor(batch.lengths).cumsum(0), right=True)
     return MicroBatch(
-        tokens_1T=tokens_T[None].to(device),
-        positions_1T=positions_T[None].to(device),
-        bounds=torch.tensor([0, *torch.tensor(pieces).cumsum(0).tolist()], dtype=torch.int32, device=device),
+        tokens_1T=tokens_T[mine_T][None].to(device),
+        positions_1T=torch.cat([torch.arange(length) for length in pieces])[mine_T][None].to(device),
+        bounds=bounds.to(device),
         max_length=max(pieces),
-        rows_R=(where_R - 1).to(device),
+        rows_R=here_T[where_R - 1].to(device),
         labels_R=tokens_T[where_R].to(device),
-        rollout_logprobs_R=batch.rollout_logprobs_T[flat_T[where_R]].to(device),
-        advantages_R=batch.advantages_N[sample_T[where_R]].to(device),
-        fresh_R=batch.fresh_N[sample_T[where_R]].to(device),
-        flat_R=flat_T[where_R],
+        rollout_logprobs_R=batch.rollout_logprobs_T[flat_R].to(device),
+        advantages_R=batch.advantages_N[sample_R].to(device),
+        fresh_R=batch.fresh_N[sample_R].to(device),
+        flat_R=flat_R,
     )
+
+
+def zigzag(bounds: Sequence[int], cp: int, rank: int) -> torch.Tensor:
+    """Which of the packed tokens context-parallel rank `rank` holds, in its order: chunks `rank` and 2 cp - 1 - rank of each sequence."""
+    if cp == 1:
+        return torch.arange(bounds[-1])
+    found = []
+    for start, end in itertools.pairwise(bounds):
+        size = (end - start) // (2 * cp)
+        for chunk in (rank, 2 * cp - 1 - rank):
+            found.append(torch.arange(start + chunk * size, start + (chunk + 1) * size))
+    return torch.cat(found)
 
 
 def packed_params(micro: MicroBatch, place: Place) -> PackedSeqParams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dapo.bridge.hf import DTYPES, CheckpointReader, HFModel
 from megatron_dapo.bridge.plan import padded_vocab, pieces
+from megatron_dapo.config import PolicyConfig
 from megatron_dapo.layout import Layout
 from megatron_dapo.policy import cpu
 from megatron_dapo.policy.parallel import Place
 
 
-def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool) -> TransformerConfig:
+def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dtype: str, on_cpu: bool) -> TransformerConfig:
     """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels."""
     compute = DTYPES[dtype]
     cpu_options: dict[str, Any] = (
@@ -33,7 +34,6 @@ def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool)
             masked_softmax_fusion=False,
             bias_activation_fusion=False,
             persist_layer_norm=False,
-            batch_p2p_comm=False,
             batch_p2p_sync=False,
         )
         if on_cpu
@@ -66,58 +66,94 @@ def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool)
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=not on_cpu,
+        # sends one at a time: with two stages, a batch could not tell the next stage's message from the previous one's
+        overlap_p2p_comm=layout.vpp is not None,
+        batch_p2p_comm=not on_cpu and layout.vpp is None,
+        recompute_granularity=policy.recompute,
+        recompute_modules=policy.recompute_modules if policy.recompute == "selective" else None,
+        recompute_method="uniform" if policy.recompute == "full" else None,
+        recompute_num_layers=policy.recompute_layers if policy.recompute == "full" else None,
+        tp_comm_overlap=policy.overlap_tensor_parallel,
         **cpu_options,
     )
 
 
 def build(
-    model: HFModel, place: Place, dtype: str, *, on_cpu: bool, distributed_optimizer: bool, seed: int
-) -> DistributedDataParallel:
-    """This rank's model chunk inside Megatron's DistributedDataParallel; its weights are not set yet."""
+    model: HFModel, place: Place, policy: PolicyConfig, dtype: str, *, on_cpu: bool, distributed_optimizer: bool, seed: int
+) -> list[DistributedDataParallel]:
+    """This rank's model chunks (one, or several in an interleaved pipeline) inside Megatron's DistributedDataParallel; their
+    weights are not set yet."""
     layout = place.layout
-    config = transformer_config(model, layout, dtype, on_cpu)
+    config = transformer_config(model, layout, policy, dtype, on_cpu)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        layers = [cpu.layer_spec()] * (model.num_layers // layout.pp)
+        layers = [cpu.layer_spec()] * (model.num_layers // layout.num_stages)
         spec: Any = TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
     else:
         model_parallel_cuda_manual_seed(seed)
         spec = get_gpt_layer_with_transformer_engine_spec()
-    gpt = GPTModel(
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=policy.overlap_grad_reduce,
+        overlap_param_gather=policy.overlap_param_gather,
+    )
+    chunks = []
+    for number in range(layout.vpp or 1):
+        gpt = _gpt_model(model, place, config, spec, number)
+        if not on_cpu:
+            gpt = gpt.cuda()
+        module = Float16Module(config, gpt) if dtype == "bf16" else gpt
+        # as in Megatron's own training: only the first chunk's gradients are worth cutting into buckets
+        chunks.append(DistributedDataParallel(config, ddp, module, disable_bucketing=number > 0))
+    if policy.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]  # type: ignore[assignment]
+    return chunks
+
+
+def _gpt_model(model: HFModel, place: Place, config: TransformerConfig, spec: Any, number: int) -> GPTModel:
+    layout = place.layout
+    return GPTModel(
         config,
         spec,
         vocab_size=padded_vocab(model.vocab_size, layout.tp),
         max_sequence_length=model.max_positions,
-        pre_process=place.is_first_stage,
-        post_process=place.is_last_stage,
+        pre_process=place.is_first_stage and number == 0,
+        post_process=place.is_last_stage and number == (layout.vpp or 1) - 1,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_theta,  # type: ignore[arg-type]
         rope_scaling=model.rope_factor is not None,
         rope_scaling_factor=model.rope_factor or 1.0,
+        vp_stage=number if layout.vpp else None,
     )
-    if not on_cpu:
-        gpt = gpt.cuda()
-    module = Float16Module(config, gpt) if dtype == "bf16" else gpt
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
-    return DistributedDataParallel(config, ddp, module)
 
 
-def named_shards(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def named_shards(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters by Megatron name, with global layer numbers whatever the pipeline stage."""
-    gpt: Any = chunk
-    while hasattr(gpt, "module"):
-        gpt = gpt.module
-    number = {str(k): str(layer.layer_number - 1) for k, layer in enumerate(gpt.decoder.layers)}
-    for name, parameter in gpt.named_parameters():
-        yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda m: number[m.group()], name), parameter
+    for chunk in chunks:
+        gpt: Any = chunk
+        while hasattr(gpt, "module"):
+            gpt = gpt.module
+        number = {str(k): str(layer.layer_number - 1) for k, layer in enumerate(gpt.decoder.layers)}
+        for name, parameter in gpt.named_parameters():
+            yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda m, number=number: number[m.group()], name), parameter
+
+
+def gather_weights(chunks: Iterable[DistributedDataParallel]) -> None:
+    """With `policy.overlap_param_gather` a rank holds other ranks' updated weights only from its next forward pass on; call this
+    before reading weights in any other way. Collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 @torch.no_grad()
-def load_weights(chunk: torch.nn.Module, folder: Path, model: HFModel, place: Place) -> None:
+def load_weights(chunks: Iterable[torch.nn.Module], folder: Path, model: HFModel, place: Place) -> None:
     """Fill every shard from the checkpoint, reading only the slices this rank holds. Vocabulary padding becomes zero."""
     reader = CheckpointReader(folder)
-    for name, parameter in named_shards(chunk):
+    for name, parameter in named_shards(chunks):
         found = pieces(name, model, tp=place.layout.tp, tp_rank=place.tp_rank)
         if sum(piece.size for piece in found) < parameter.shape[found[0].dim if found else 0]:
             parameter.zero_()

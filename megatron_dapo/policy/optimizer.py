@@ -28,7 +28,7 @@ if USING_PYTORCH_OPTIMIZER:
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
 
 
-def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str) -> Any:
+def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str) -> Any:
     """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded."""
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -43,8 +43,11 @@ def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str) -> Any:
             bf16=dtype == "bf16",
             params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.distributed,
+            optimizer_cpu_offload=config.cpu_offload > 0,
+            optimizer_offload_fraction=config.cpu_offload,
+            overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
         ),
-        [chunk],
+        chunks,
     )
     if USING_PYTORCH_OPTIMIZER:
         _allocate_state(optimizer)

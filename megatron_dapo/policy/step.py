@@ -45,19 +45,21 @@ class Policy:
             cpu.install()
         self.place = parallel.start(layout, "gloo" if on_cpu else "nccl")
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        self.chunk = model_file.build(
+        self.chunks = model_file.build(
             self.hf,
             self.place,
+            config.policy,
             config.model.dtype,
             on_cpu=on_cpu,
             distributed_optimizer=config.optimizer.distributed,
             seed=config.run.seed,
         )
-        model_file.load_weights(self.chunk, self.folder, self.hf, self.place)
-        self.optimizer = build_optimizer(config.optimizer, self.chunk, config.model.dtype)
+        model_file.load_weights(self.chunks, self.folder, self.hf, self.place)
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, config.model.dtype)
         self.schedule = build_schedule(config.optimizer, self.optimizer)
-        self.chunk.config.finalize_model_grads_func = finalize_model_grads
-        self.chunk.config.grad_scale_func = self.optimizer.scale_loss
+        for chunk in self.chunks:
+            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.num_updates = 0
 
     def logprobs(self, batch: Batch) -> torch.Tensor:
@@ -105,7 +107,8 @@ class Policy:
             stacked = torch.stack([x.double().cpu() for x in report])
             return sums.loss, sums.num_tokens.int(), {"sums": stacked, "gap_max": float(gap_R.max()) if gap_R.numel() else 0.0}
 
-        self.chunk.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._schedule(batch, k, loss, forward_only=False)
         totals, gap_max = self._gather(outputs)
@@ -138,9 +141,12 @@ class Policy:
 
     def _micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:
         starts = [0, *itertools.accumulate(batch.lengths)]
-        align = self.place.layout.tp if self.place.layout.sp else 1
+        layout = self.place.layout
+        align = layout.tp if layout.sp else 1
         for indices in batch.mini_batches[k].micro_batches[self.place.dp_rank]:
-            yield make_micro_batch(batch, indices, starts, align=align, device=self.device)
+            yield make_micro_batch(
+                batch, indices, starts, align=align, device=self.device, cp=layout.cp, cp_rank=self.place.cp_rank
+            )
 
     def _schedule(self, batch: Batch, k: int, loss: Callable[..., Any], *, forward_only: bool) -> list[dict]:
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -149,8 +155,8 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=self._micro_batches(batch, k),
-            model=[self.chunk],
+            data_iterator=[self._micro_batches(batch, k) for _ in self.chunks],
+            model=self.chunks,
             num_microbatches=len(batch.mini_batches[k].micro_batches[0]),
             seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
             micro_batch_size=1,

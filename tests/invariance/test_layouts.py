@@ -18,7 +18,7 @@ LR, EPS = 1e-3, 1e-6
 RELATIVE = 1e-5  # of loss and gradient norm
 WEIGHTS = 2e-5  # absolute, after two updates that move a weight by up to 2e-3
 
-BASE = {"layout": "tp1", "tied": False, "num_updates": 2, "budget": "half", "distributed": True}
+BASE = {"layout": "tp1", "tied": False, "num_updates": 2, "budget": "half", "distributed": True, "policy": ()}
 ON_2 = [
     {},
     {"tied": True},
@@ -55,7 +55,8 @@ EXTRA = [  # everything else on two ranks
 
 def name_of(case: dict[str, Any]) -> str:
     case = BASE | case
-    words = (case["layout"], "tied" if case["tied"] else "untied", f"{case['num_updates']}up", case["budget"])
+    words = [case["layout"], "tied" if case["tied"] else "untied", f"{case['num_updates']}up", case["budget"]]
+    words += [word.replace("=true", "").replace("=", "_") for word in case["policy"]]
     return "-".join(words) + ("" if case["distributed"] else "-whole")
 
 
@@ -100,6 +101,7 @@ class World:
         for case in cases:
             full = BASE | case
             overrides = [f"optimizer.lr={LR}", f"optimizer.eps={EPS}", f"optimizer.distributed={full['distributed']}"]
+            overrides += [f"policy.{item}" for item in full["policy"]]
             runs.append(full | {"name": name_of(case), "model": self.models[full["tied"]], "overrides": overrides})
         old = {self.models[tied]: torch.cat(parts).tolist() for tied, parts in self.old.items()}
         return run_ranks("jobs:measure", ranks, runs=runs, old_logprobs=old, folder=str(self.folder), timeout_s=550)
