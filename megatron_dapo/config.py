@@ -9,6 +9,7 @@ times end in `_s`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -313,7 +314,16 @@ class RunConfig(Section):
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `RunConfig.load` of it gives an equal RunConfig."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+        return OmegaConf.to_yaml(OmegaConf.create(_escape(self.model_dump(mode="json"))))
+
+
+def _escape(value: Any) -> Any:
+    """So that OmegaConf reads back `${` in a text as these two characters."""
+    if isinstance(value, dict):
+        return {key: _escape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escape(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def valid_keys() -> list[str]:

@@ -48,6 +48,11 @@ class Layout:
         """Model chunks from the first layer to the last."""
         return self.pp * (self.vpp or 1)
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The interleaved schedule takes micro-batches in rounds of one per stage."""
+        return self.pp if self.vpp else 1
+
     def coordinates(self, rank: int) -> Coordinates:
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a world of {self.world_size}")

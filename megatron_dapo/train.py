@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def launch(config: RunConfig) -> int:
 
 def start_ranks(config: RunConfig, arguments: list[str]) -> int:
     """Run `python *arguments` on as many ranks as the layout has, on this host, through torchrun's launcher API."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -156,6 +158,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins at a barrier takes a core from the engines
     previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
+    logs = tempfile.TemporaryDirectory(prefix="dapo_ranks_")  # torchrun's, which would stay behind
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -165,6 +168,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         run_id=RUN_ID,
         max_restarts=0,
         monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         signals_to_handle="SIGQUIT",  # SIGTERM and SIGINT are ours, below
     )
     try:
@@ -176,6 +180,7 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
     finally:
         for sign, handler in previous.items():
             signal.signal(sign, handler)
+        logs.cleanup()
     return 0
 
 

@@ -78,7 +78,8 @@ class Trainer:
             if state:
                 self.controller.prompts.load_state(state.prompts)
                 self.controller.collector.load_state(state.collector)
-        else:
+        dist.barrier(group=self.policy.place.control)  # from here on rank 0 handles signals; until here they end every rank alike
+        if self.policy.place.rank > 0:
             for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all when to stop
                 signal.signal(sign, signal.SIG_IGN)
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_dapo.algo.packing import pack
+from megatron_dapo.layout import Layout
 from megatron_dapo.report.metrics import flatten
 from megatron_dapo.types import Batch, Sample
 
@@ -32,6 +33,15 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name -> ranks, overrides
     "tp2_cp2": (4, ["layout.tensor_parallel=2", "layout.context_parallel=2"]),
     "tp2_sp_cp2": (4, ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.context_parallel=2"]),
     "dp2_cp2": (4, ["layout.data_parallel=2", "layout.context_parallel=2"]),
+    "pp2_vpp2_cp2_dp2": (
+        8,
+        [
+            "layout.pipeline_parallel=2",
+            "layout.virtual_pipeline_parallel=2",
+            "layout.context_parallel=2",
+            "layout.data_parallel=2",
+        ],
+    ),
     "tp2_pp2_dp2": (8, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2", "layout.data_parallel=2"]),
 }
 
@@ -76,17 +86,23 @@ def open_policy(layout: str, model: str, store: str, overrides: Sequence[str] = 
         parallel.stop()
 
 
-def plan(samples: Sequence[Sample], *, dp: int, num_updates: int, budget: str) -> Batch:
-    """`budget`: 'one' sample per micro-batch, 'half' of the tokens of a rank's share, or 'all' of them in one."""
-    if budget == "one":
-        return pack(samples, dp=dp, num_updates=num_updates, max_tokens=20000, min_micro_batches=len(samples))
-    total = sum(len(s.tokens) for s in samples) / num_updates / dp
-    tokens = 20000 if budget == "all" else max(int(0.6 * total), max(len(s.tokens) for s in samples))
-    return pack(samples, dp=dp, num_updates=num_updates, max_tokens=tokens)
+def plan(samples: Sequence[Sample], layout: Layout, *, num_updates: int, budget: str) -> Batch:
+    """`budget`: 'one' sample per micro-batch, 'half' of the tokens of a rank's share, or 'all' of them in as few as there may be."""
+    total = sum(len(s.tokens) for s in samples) / num_updates / layout.dp
+    half = max(int(0.6 * total), max(len(s.tokens) for s in samples))
+    return pack(
+        samples,
+        dp=layout.dp,
+        num_updates=num_updates,
+        max_tokens=half if budget == "half" else 20000,
+        min_micro_batches=len(samples) if budget == "one" else 1,
+        multiple=layout.micro_batch_multiple,
+    )
 
 
 def measure(runs: list[dict[str, Any]], old_logprobs: dict[str, list[float]], folder: str) -> dict[str, Any]:
-    """Two updates and the exported weights of every run. A run: name, layout, model (folder), num_updates, budget, overrides."""
+    """Three updates of every run: what they report, and, exported to `name` and `name-gradients`, the weights after them and the
+    gradients of the first. A run: name, layout, model (folder), num_updates, budget, overrides."""
     from megatron_dapo.bridge.transfer import WeightBuckets
 
     samples, found = make_samples(), {}
@@ -94,15 +110,35 @@ def measure(runs: list[dict[str, Any]], old_logprobs: dict[str, list[float]], fo
         with open_policy(run["layout"], run["model"], f"{folder}/{run['name']}.store", run["overrides"]) as policy:
             if policy is None:
                 continue
-            batch = plan(samples, dp=policy.place.layout.dp, num_updates=run["num_updates"], budget=run["budget"])
+            batch = plan(samples, policy.place.layout, num_updates=run["num_updates"], budget=run["budget"])
             old_T = torch.tensor(old_logprobs[run["model"]])
-            results = [policy.update(batch, k % run["num_updates"], old_T) for k in range(2)]
-            WeightBuckets(policy.chunks, policy.hf, policy.place, "fp32").export(Path(folder) / run["name"], policy.folder)
+            results, gradients = [], {}
+            for k in range(3):
+                results.append(policy.update(batch, k % run["num_updates"], old_T))
+                gradients = gradients or whole_gradients(policy)
+            buckets = WeightBuckets(policy.chunks, policy.hf, policy.place, policy.config.model.dtype)
+            buckets.export(Path(folder) / run["name"], policy.folder)
+            with torch.no_grad():
+                for parameter, gradient in gradients.items():
+                    parameter.copy_(gradient)
+                buckets.export(Path(folder) / f"{run['name']}-gradients", policy.folder)
             found[run["name"]] = [
                 {"loss": r.loss, "grad_norm": r.grad_norm, "micro_batches": r.num_micro_batches, **flatten(r.metrics)}
                 for r in results
             ]
     return found
+
+
+def whole_gradients(policy: Any) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """This rank's gradients, clipped, as the last update used them. The distributed optimizer leaves each rank its part of them."""
+    for chunk in policy.chunks:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            if policy.config.optimizer.distributed:
+                for bucket in buffer.buckets:
+                    group = buffer.data_parallel_group
+                    part = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, part, group=group)
+    return {p: p.main_grad.clone() for chunk in policy.chunks for p in chunk.parameters()}
 
 
 def logprobs_and_export(runs: list[dict[str, Any]], folder: str) -> dict[str, Any]:
@@ -114,7 +150,7 @@ def logprobs_and_export(runs: list[dict[str, Any]], folder: str) -> dict[str, An
         with open_policy(run["layout"], run["model"], f"{folder}/{run['name']}.store", run.get("overrides", [])) as policy:
             if policy is None:
                 continue
-            found[run["name"]] = policy.logprobs(plan(samples, dp=policy.place.layout.dp, num_updates=2, budget="half")).tolist()
+            found[run["name"]] = policy.logprobs(plan(samples, policy.place.layout, num_updates=2, budget="half")).tolist()
             for size in run["bucket_bytes"]:
                 buckets = WeightBuckets(policy.chunks, policy.hf, policy.place, "fp32", bucket_bytes=size)
                 buckets.export(Path(folder) / f"{run['name']}-{size}", policy.folder)
@@ -155,7 +191,7 @@ def train_and_save(layouts: list[str], model: str, folder: str) -> dict[str, Any
         with open_policy(layout, model, f"{folder}/save-{layout}.store", OPTIMIZER) as policy:
             if policy is None:
                 continue
-            batch = plan(make_samples(), dp=policy.place.layout.dp, num_updates=2, budget="half")
+            batch = plan(make_samples(), policy.place.layout, num_updates=2, budget="half")
             updates = []
             for number in range(4):
                 updates.append(_update(policy, batch, number))
@@ -202,7 +238,7 @@ def resume(layouts: list[str], model: str, folder: str, reshard: dict[str, str])
             newest = checkpoint.find(run_dir, "auto")
             assert newest is not None
             state = checkpoint.load(newest, policy)
-            batch = plan(make_samples(), dp=policy.place.layout.dp, num_updates=2, budget="half")
+            batch = plan(make_samples(), policy.place.layout, num_updates=2, budget="half")
             found[name] = {
                 "folder": newest.name,
                 "state": [state.step, state.prompts, state.collector, policy.num_updates],

@@ -67,5 +67,9 @@ class Trainer:
         self.optimizer.step()
         return float(loss.detach()), norm
 
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of the last update, clipped."""
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters()}

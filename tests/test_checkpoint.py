@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jobs import LAYOUTS as RANKS
 from ranks import run_ranks
 from tiny import make_tiny_model
 
 from megatron_dapo import checkpoint
 
-LAYOUTS = ["dp2", "tp2_pp2"]
+LAYOUTS = ["dp2", "tp2_pp2", "pp2_vpp2"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(folder, what each rank of the first launch reported, what was on disk after it, and what each rank of a second one reported)."""
     folder = tmp_path_factory.mktemp("runs")
-    model = str(make_tiny_model(folder / "model", tied=True, layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
+    model = str(make_tiny_model(folder / "model", tied=True, layers=4, heads=4, kv_heads=2, hidden=64, ffn=64))
     saved = run_ranks("jobs:train_and_save", 4, layouts=LAYOUTS, model=model, folder=str(folder), timeout_s=280)
     for layout in LAYOUTS:  # what a crash leaves behind
         checkpoints = folder / layout / "checkpoints"
@@ -33,8 +34,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
     _, saved, _, resumed = runs
-    ranks = 2 if layout == "dp2" else 4
-    for rank in range(ranks):
+    for rank in range(RANKS[layout][0]):
         unkilled = saved[rank][layout]["updates"]
         assert resumed[rank][layout]["updates"] == unkilled[2:]  # loss, gradient norm, lr, digest of weights and optimizer
         assert len({update["state"] for update in unkilled}) == 4  # the digest does see an update
@@ -43,7 +43,7 @@ def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_controllers_state_reaches_every_rank(runs, layout):
-    for rank in range(2 if layout == "dp2" else 4):
+    for rank in range(RANKS[layout][0]):
         found = runs[3][rank][layout]
         assert found["folder"] == "step_000002"
         assert found["state"] == [2, {"cursor": 14}, {"carried": [2]}, 2]
@@ -60,7 +60,7 @@ def test_a_checkpoint_loads_at_another_data_parallel_size(runs):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_failing_save_raises_everywhere_and_leaves_the_old_ones(runs, layout):
     _, saved, listed, _ = runs
-    for rank in range(2 if layout == "dp2" else 4):
+    for rank in range(RANKS[layout][0]):
         message = saved[rank][layout]["failure"]
         assert (
             message is not None

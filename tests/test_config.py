@@ -48,7 +48,7 @@ def test_a_dump_loads_as_the_same_configuration(tmp_path):
         {
             "model": {"path": "tiny"},
             "optimizer": {"lr": 1.2345678901234567e-7, "betas": (0.8, 0.95)},
-            "data": {"template": 'Solve: {prompt}\n# "no"', "chat": True, "few_shot": [{"prompt": "a: b", "response": "yes"}]},
+            "data": {"template": 'Solve ${x}, \\${y}: {prompt}\n# "no"', "chat": True, "few_shot": [{"prompt": "a: b", "response": "yes"}]},
             "sampling": {"max_prompts": 600},
             "rollout": {"extra_args": ["--x", "1"]},
             "objective": {"dual_clip": None},
@@ -98,7 +98,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_every_section_and_field_is_listed():
-    sections = "model layout rollout sampling reward objective optimizer batch data checkpoint evaluation report run"
+    sections = "model layout policy rollout sampling reward objective optimizer batch data checkpoint evaluation report run"
     assert list(RunConfig.model_fields) == sections.split()
     assert {"model.path", "run.verify_sync", "data.few_shot"} <= set(valid_keys())
 
@@ -111,9 +111,14 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layout.context_parallel=2"], "layout.context_parallel=2 is not supported yet"),
         (["layout.expert_parallel=2"], "layout.expert_parallel=2 is not supported yet"),
-        (["layout.virtual_pipeline_parallel=2"], "layout.virtual_pipeline_parallel=2 is not supported yet"),
+        (["layout.virtual_pipeline_parallel=2"], "virtual_pipeline_parallel=2 needs at least 2 chunks and layout.pipeline_parallel > 1"),
+        (["policy.overlap_param_gather=true"], "needs policy.overlap_grad_reduce=true and optimizer.distributed=true; set both"),
+        (
+            ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true", "optimizer.distributed=false"],
+            "needs policy.overlap_grad_reduce=true and optimizer.distributed=true",
+        ),
+        (["policy.overlap_tensor_parallel=true"], "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true"),
         (["layout.sequence_parallel=true"], "layout.sequence_parallel=true needs layout.tensor_parallel > 1"),
         (
             [*SMALL, "batch.updates_per_step=5", "layout.data_parallel=2"],
@@ -150,7 +155,9 @@ def test_each_rule_between_fields(overrides, message):
         ["data.max_prompt_tokens=10", "rollout.max_tokens=20", "batch.max_tokens=30"],
         ["data.few_shot=[{prompt: a, response: b}]", "data.chat=true"],
         ["optimizer.decay=cosine", "optimizer.decay_updates=10"],
-        ["layout.tensor_parallel=2", "layout.sequence_parallel=true"],
+        ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "policy.overlap_tensor_parallel=true"],
+        ["layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "layout.context_parallel=2"],
+        ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true"],
     ],
 )
 def test_the_edge_of_each_rule_is_allowed(overrides):

@@ -72,6 +72,17 @@ def test_sequence_parallel_needs_tensor_parallel():
     assert Layout(tp=2, sp=True).sp
 
 
+@pytest.mark.parametrize(("vpp", "pp"), [(2, 1), (1, 2)])
+def test_virtual_stages_need_stages(vpp, pp):
+    with pytest.raises(ValueError, match=rf"virtual_pipeline_parallel={vpp} needs at least 2 chunks and .* > 1, got {pp}; set it to null"):
+        Layout(vpp=vpp, pp=pp)
+
+
+def test_stages_and_rounds_of_micro_batches():
+    assert (Layout(pp=3).num_stages, Layout(pp=3).micro_batch_multiple) == (3, 1)
+    assert (Layout(pp=3, vpp=2).num_stages, Layout(pp=3, vpp=2).micro_batch_multiple) == (6, 3)
+
+
 def test_the_number_of_processes_must_fit():
     layout = Layout(tp=2, pp=3, dp=2)
     layout.check_world_size(12)

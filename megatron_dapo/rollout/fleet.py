@@ -83,7 +83,7 @@ class Fleet:
                 weight_version=weight_version,
                 stop_token_ids=self._stop_token_ids,
             )
-        except TimeoutError:
+        except (EngineDied, TimeoutError):  # restarted, so that a server that only looks healthy cannot keep the run waiting
             self._broken.add(index)
             raise
         finally:

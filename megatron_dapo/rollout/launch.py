@@ -9,10 +9,12 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -81,6 +83,7 @@ class EngineServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._port: int | None = None
         self._log_start = 0
+        self._scratch = ""
 
     @property
     def url(self) -> str:
@@ -97,11 +100,17 @@ class EngineServer:
         assert self._process is None, "start() of a server that was not stopped"
         self._port = self._choose_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.mkdtemp(prefix="dapo_engine_")  # for the sockets that vLLM leaves behind when it is killed
         command = [sys.executable, "-c", BOOTSTRAP, str(os.getpid()), *self.arguments(self._port)]
         with open(self.log_path, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment(), start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**self.environment(), "TMPDIR": self._scratch},
+                start_new_session=True,
             )
 
     def poll(self) -> int | None:
@@ -144,6 +153,7 @@ class EngineServer:
             time.sleep(0.1)  # the last one removes the others' shared memory from /dev/shm, so let it
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def log_tail(self) -> str:
         """What this start's log says about an end: the first errors, then the last lines, and the path of the whole."""

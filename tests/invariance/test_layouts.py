@@ -1,4 +1,4 @@
-"""One batch, every layout, every split: the same loss, gradient norm and weights, and those are the paper's."""
+"""One batch, every layout, every split: the same loss, gradients and weights, and those are the paper's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import make_tiny_model
 
+from megatron_dapo.layout import Layout
+
 LR, EPS = 1e-3, 1e-6
-RELATIVE = 1e-5  # of loss and gradient norm
-WEIGHTS = 2e-5  # absolute, after two updates that move a weight by up to 2e-3
+RELATIVE = 1e-5  # of loss, gradient norm and, by parameter, the length of the gradient's error
+WEIGHTS = 2e-5  # absolute, after three updates that move a weight by up to 3e-3
 
 BASE = {"layout": "tp1", "tied": False, "num_updates": 2, "budget": "half", "distributed": True, "policy": ()}
+RECOMPUTE_ALL = ("recompute=full",)
+RECOMPUTE_SOME = ("recompute=selective", "recompute_modules=[core_attn,mlp,layernorm]")
+OVERLAP = ("overlap_grad_reduce=true", "overlap_param_gather=true")
 ON_2 = [
     {},
     {"tied": True},
@@ -37,20 +42,40 @@ ON_2 = [
     {"layout": "dp2", "tied": True},
     {"layout": "dp2", "budget": "one", "num_updates": 1},
     {"layout": "dp2", "budget": "all", "distributed": False},
+    {"num_updates": 4},
+    {"layout": "cp2"},
+    {"layout": "cp2", "tied": True, "budget": "one"},
+    {"layout": "pp2_vpp2", "budget": "one"},
+    {"layout": "pp2_vpp2", "tied": True},
+    {"policy": RECOMPUTE_ALL},
+    {"layout": "tp2_sp", "policy": RECOMPUTE_SOME},
+    {"layout": "dp2", "policy": OVERLAP},
+]
+ON_4 = [
+    {"layout": "tp2_sp_pp2"},
+    {"layout": "tp2_cp2"},
+    {"layout": "tp2_sp_cp2", "tied": True, "budget": "one", "num_updates": 4},
+    {"layout": "dp2_cp2", "policy": OVERLAP},
+    {"layout": "tp2_sp_pp2_vpp2", "policy": (*RECOMPUTE_ALL, *OVERLAP)},
 ]
 ON_8 = [
     {"layout": "tp2_pp2_dp2"},
     {"layout": "tp2_pp2_dp2", "tied": True, "budget": "one"},
     {"layout": "tp2_pp2_dp2", "tied": True, "num_updates": 1, "distributed": False},
+    {"layout": "pp2_vpp2_cp2_dp2", "tied": True, "policy": OVERLAP},
 ]
 EXTRA = [  # everything else on two ranks
     {"layout": layout, "tied": tied, "num_updates": updates, "budget": budget, "distributed": distributed}
-    for layout in ("tp1", "tp2", "tp2_sp", "pp2", "dp2")
+    for layout in ("tp1", "tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2", "dp2")
     for tied in (False, True)
-    for updates in (1, 2)
+    for updates in (1, 2, 4)
     for budget in ("one", "half", "all")
     for distributed in (True, False)
 ]
+
+
+Tensors = dict[str, torch.Tensor]
+Expected = tuple[list[tuple[float, float]], Tensors, Tensors]  # (loss, gradient norm) of each update; first gradients; last weights
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -87,14 +112,16 @@ class World:
         size = len(self.samples) // num_updates
         return [slice(k * size, (k + 1) * size) for k in range(num_updates)]
 
-    def expected(self, tied: bool, num_updates: int) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    def expected(self, tied: bool, num_updates: int) -> Expected:
         trainer = reference.Trainer(self.models[tied], lr=LR, eps=EPS)
         parts = self.halves(num_updates)
         results = []
-        for k in range(2):
+        gradients: dict[str, torch.Tensor] = {}
+        for k in range(3):
             part = parts[k % num_updates]
             results.append(trainer.update(self.samples[part], self.old[tied][part]))
-        return results, trainer.weights()
+            gradients = gradients or trainer.gradients()
+        return results, gradients, trainer.weights()
 
     def measure(self, ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         runs = []
@@ -118,12 +145,17 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="module")
 def expected(world):
-    return {(tied, updates): world.expected(tied, updates) for tied in (False, True) for updates in (1, 2)}
+    return {(tied, updates): world.expected(tied, updates) for tied in (False, True) for updates in (1, 2, 4)}
 
 
 @pytest.fixture(scope="module")
 def on_2(world):
     return world.measure(2, ON_2)
+
+
+@pytest.fixture(scope="module")
+def on_4(world):
+    return world.measure(4, ON_4)
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +170,16 @@ def extra(world):
 
 def check(world: World, expected: dict, by_rank: list[dict], case: dict[str, Any]) -> None:
     name, case = name_of(case), BASE | case
-    results, weights = expected[case["tied"], case["num_updates"]]
+    results, gradients, weights = expected[case["tied"], case["num_updates"]]
     reported = [ranks[name] for ranks in by_rank if name in ranks]
     assert all(report == reported[0] for report in reported), "the ranks disagree on what they report"
     for update, (loss, grad_norm) in zip(reported[0], results, strict=True):
         assert update["loss"] == pytest.approx(loss, rel=RELATIVE)
         assert update["grad_norm"] == pytest.approx(grad_norm, rel=RELATIVE)
+    found = world.exported(f"{name}-gradients")
+    assert found.keys() == gradients.keys()
+    errors = {key: float((found[key].double() - gradients[key]).norm() / gradients[key].norm()) for key in gradients}
+    assert max(errors.values()) < RELATIVE, sorted(errors.items(), key=lambda item: -item[1])[:5]
     exported = world.exported(name)
     assert exported.keys() == weights.keys()
     gaps = {key: float((exported[key].double() - weights[key]).abs().max()) for key in weights}
@@ -153,6 +189,11 @@ def check(world: World, expected: dict, by_rank: list[dict], case: dict[str, Any
 @pytest.mark.parametrize("case", ON_2, ids=name_of)
 def test_two_ranks_equal_the_reference(world, expected, on_2, case):
     check(world, expected, on_2, case)
+
+
+@pytest.mark.parametrize("case", ON_4, ids=name_of)
+def test_four_ranks_equal_the_reference(world, expected, on_4, case):
+    check(world, expected, on_4, case)
 
 
 @pytest.mark.parametrize("case", ON_8, ids=name_of)
@@ -199,7 +240,7 @@ def weighted(world: World, weights: list[float]) -> tuple[float, float]:
 
 def wrong_weights(world: World, mistake: str) -> list[float]:
     counts = [sum(s.response_mask) for s in world.samples]
-    (ranks,) = (mini.micro_batches for mini in plan(world.samples, dp=2, num_updates=1, budget="one").mini_batches)
+    (ranks,) = (mini.micro_batches for mini in plan(world.samples, Layout(dp=2), num_updates=1, budget="one").mini_batches)
     weights = [0.0] * len(counts)
     if mistake == "none":
         return [1 / sum(counts)] * len(counts)
@@ -208,6 +249,11 @@ def wrong_weights(world: World, mistake: str) -> list[float]:
             for micro in rank:
                 for i in micro:
                     weights[i] = 1 / max(sum(counts[j] for j in micro), 1) / len(rank) / len(ranks)
+    elif mistake == "sum of micro-batch means":
+        for rank in ranks:
+            for micro in rank:
+                for i in micro:
+                    weights[i] = 1 / max(sum(counts[j] for j in micro), 1) / len(ranks)
     elif mistake == "at least one token counted per sample":
         weights = [1 / sum(max(count, 1) for count in counts)] * len(counts)
     elif mistake == "every rank divides by its own tokens":
@@ -224,7 +270,7 @@ def test_the_weights_of_the_mistakes_start_from_the_right_ones(world, on_2):
 
 @pytest.mark.parametrize(
     "mistake",
-    ["mean of micro-batch means", "at least one token counted per sample", "every rank divides by its own tokens"],
+    ["mean of micro-batch means", "sum of micro-batch means", "at least one token counted per sample", "every rank divides by its own tokens"],
 )
 def test_a_wrong_denominator_would_be_seen(world, on_2, mistake):
     found = on_2[0]["dp2-untied-1up-one"][0]
