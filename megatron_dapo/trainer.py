@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from megatron_dapo import checkpoint
 from megatron_dapo.algo.advantages import with_advantages
-from megatron_dapo.algo.packing import pack
+from megatron_dapo.algo.packing import Cost, pack
+from megatron_dapo.bridge.hf import HFModel
 from megatron_dapo.bridge.transfer import WeightBuckets
 from megatron_dapo.config import RunConfig
 from megatron_dapo.policy.step import NonFiniteLoss, Policy, combine
@@ -45,11 +46,28 @@ EXPECTED = (
 )
 
 
-def make_batch(groups: Sequence[Group], config: RunConfig) -> Batch:
-    """Advantages, then micro-batches for the run's layout (algo/)."""
+def make_batch(groups: Sequence[Group], config: RunConfig, model: HFModel) -> Batch:
+    """Advantages, then micro-batches for the run's layout, balanced by the model's cost (algo/)."""
     samples = with_advantages(groups, normalize=config.objective.advantage, filter_overlong=config.reward.overlong_filter)
     updates = min(config.batch.updates_per_step, len(samples))
-    return pack(samples, dp=config.layout.data_parallel, num_updates=updates, max_tokens=config.batch.max_tokens)
+    layout = config.layout.to_layout()
+    cost = Cost.of_model(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        ffn_size=model.ffn_size,
+        vocab_size=model.vocab_size,
+    )
+    return pack(
+        samples,
+        dp=layout.dp,
+        num_updates=updates,
+        max_tokens=config.batch.max_tokens,
+        cost=cost,
+        multiple=layout.pp if (layout.vpp or 1) > 1 else 1,
+    )
 
 
 class Trainer:
@@ -123,7 +141,7 @@ class Trainer:
         with self.timed("sync"):
             self.publish()
         self.clock["step"] = time.perf_counter() - began
-        self.record(collected, result)
+        self.record(collected, batch, result)
 
     def collect(self) -> tuple[Collected | None, Batch | None]:
         """Dynamic sampling on rank 0 (rollout/collect.py); every rank gets the packed batch (algo/packing.py)."""
@@ -133,7 +151,7 @@ class Trainer:
             collected = controller.collect()
             if not collected.groups:
                 return None, True
-            return make_batch(collected.groups, self.config), collected.exhausted
+            return make_batch(collected.groups, self.config, self.policy.hf), collected.exhausted
 
         collected: Collected | None = None
         batch, self.exhausted = self.with_engines(work)
@@ -174,11 +192,11 @@ class Trainer:
         except (EngineDied, TimeoutError):
             pass
 
-    def record(self, collected: Collected | None, result: StepResult) -> None:
+    def record(self, collected: Collected | None, batch: Batch, result: StepResult) -> None:
         """Metrics, rollouts, and the periodic evaluation of this step."""
         metrics: dict[str, float] = {}
         if self.controller and collected:
-            metrics = step_metrics(collected, result, self.clock, self.controller.reward_seconds, self.policy.num_updates)
+            metrics = step_metrics(collected, batch, result, self.clock, self.controller.reward_seconds, self.policy.num_updates)
             if self.config.report.rollouts:
                 save_groups(
                     rollout_path(self.run_dir, self.step), collected.groups, self.step, {"num_updates": result.num_updates}

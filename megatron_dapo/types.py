@@ -126,6 +126,8 @@ class Batch:
 
     tokens_T int64, response_mask_T bool, rollout_logprobs_T float32, advantages_N float32, lengths of the N samples,
     fresh_N: sampled by the policy that is trained now, not carried over from an earlier step.
+    imbalance: cost of the costliest data-parallel rank over the mean one, all updates together; 1 is perfect.
+    fill: tokens of the samples over the budgets of all micro-batches.
     """
 
     tokens_T: torch.Tensor
@@ -135,6 +137,8 @@ class Batch:
     fresh_N: torch.Tensor
     lengths: tuple[int, ...]
     mini_batches: tuple[MiniBatch, ...]
+    imbalance: float
+    fill: float
 
     def __post_init__(self) -> None:
         total = sum(self.lengths)

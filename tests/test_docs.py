@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dapo.algo.packing import pack
 from megatron_dapo.report.metrics import Mean
 from megatron_dapo.report.step import step_metrics
 from megatron_dapo.rollout.collect import Collected
-from megatron_dapo.types import Completion, Group, Prompt, StepResult
+from megatron_dapo.types import Completion, Group, Prompt, Sample, StepResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -22,6 +23,15 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
     prompt = Prompt(position=0, row=0, text="1+1=", answer="2", tokens=(3, 4))
     group = Group(prompt=prompt, completions=(completion, completion), correct=(True, False), rewards=(1.0, -1.0))
     names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
+    sample = Sample(
+        tokens=(3, 4, 5),
+        response_mask=(False, False, True),
+        rollout_logprobs=(0.0, 0.0, -1.0),
+        advantage=1.0,
+        weight_version=0,
+        prompt_position=0,
+    )
+    batch = pack([sample, sample], dp=1, num_updates=1, max_tokens=6)
     result = StepResult(
         loss=0.0,
         grad_norm=1.0,
@@ -31,7 +41,7 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
         lr=1e-6,
         metrics=dict.fromkeys(names, Mean(0.0, 1.0)),
     )
-    reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), result, {}, 0.0, 1)
+    reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), batch, result, {}, 0.0, 1)
     documented = re.findall(r"^\| `([a-z_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert set(documented) == reported.keys() | NOT_OF_A_STEP

@@ -32,6 +32,8 @@ def make_batch(**changed) -> Batch:
         "lengths": (2, 3),
         "fresh_N": torch.ones(2, dtype=torch.bool),
         "mini_batches": (MiniBatch(micro_batches=(((0, 1),),), num_tokens=3),),
+        "imbalance": 1.0,
+        "fill": 1.0,
     }
     return Batch(**{**values, **changed})
 

@@ -2,25 +2,36 @@
 """Benchmarks that print JSON.
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
+    python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32 prompts x 8 samples of
 20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps after the first two.
+
+`packing`: plans one optimizer update on samples of the given lengths (a JSON list, tokens) with the cost of Qwen2.5-32B.
+imbalance: cost of the costliest rank over the mean one; fill: tokens over the budgets of all micro-batches; lower_bound: micro-batches
+if the budgets of every rank could be filled to the last token, which few lengths allow; seconds: planning only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from megatron_dapo.algo.packing import Cost, plan
 from megatron_dapo.config import RunConfig
 from megatron_dapo.train import launch
 
+QWEN32B = Cost.of_model(  # Qwen2.5-32B
+    num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, head_dim=128, ffn_size=27648, vocab_size=152064
+)
 WARM_UP = 2  # first steps: caches, lazily built kernels
 
 
@@ -73,6 +84,24 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def packing(options: argparse.Namespace) -> dict[str, Any]:
+    lengths = json.loads(options.lengths.read_text())
+    if (longest := max(lengths)) > options.budget:
+        raise SystemExit(f"error: --budget {options.budget} is below the longest sample ({longest} tokens); raise it")
+    began = time.perf_counter()
+    ranks = plan(lengths, dp=options.ranks, max_tokens=options.budget, cost=QWEN32B)
+    seconds = time.perf_counter() - began
+    costs = [sum(QWEN32B(lengths[i]) for micro in rank for i in micro) for rank in ranks]
+    num_micro_batches = sum(len(rank) for rank in ranks)
+    return {
+        "imbalance": round(max(costs) / statistics.fmean(costs), 5),
+        "fill": round(sum(lengths) / (num_micro_batches * options.budget), 5),
+        "num_micro_batches": num_micro_batches,
+        "lower_bound": options.ranks * math.ceil(sum(lengths) / (options.budget * options.ranks)),
+        "seconds": round(seconds, 6),
+    }
+
+
 def make_model(folder: Path) -> None:
     """The model of examples/make_tiny_base.py with random weights, and no end of sequence: every response has its full length."""
     import torch
@@ -95,6 +124,11 @@ def main() -> None:
     whole.add_argument("--steps", type=int, default=8)
     whole.add_argument("overrides", nargs="*", metavar="section.key=value")
     whole.set_defaults(run=step)
+    planning = commands.add_parser("packing", help="micro-batches for samples of given lengths")
+    planning.add_argument("--lengths", type=Path, required=True, help="JSON list of sample lengths, tokens")
+    planning.add_argument("--budget", type=int, default=22528, help="tokens of one micro-batch (batch.max_tokens)")
+    planning.add_argument("--ranks", type=int, default=128, help="data-parallel ranks")
+    planning.set_defaults(run=packing)
     options = parser.parse_args()
     print(json.dumps(options.run(options)))
 

@@ -55,7 +55,7 @@ def replay(config: RunConfig, options: argparse.Namespace) -> int:
     if options.checkpoint:
         checkpoint.load(options.checkpoint, policy)
     groups, _ = load_groups(rollout_path(options.run, options.step))
-    batch = make_batch(groups, config)
+    batch = make_batch(groups, config, policy.hf)
     # Without a checkpoint the weights need not be those that sampled, so the ratio is always taken against them as they are now.
     old_logprobs_T = policy.logprobs(batch)
     result = combine([policy.update(batch, k, old_logprobs_T) for k in range(len(batch.mini_batches))])

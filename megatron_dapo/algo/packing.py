@@ -1,45 +1,118 @@
 """Samples into packed micro-batches of every data-parallel rank, under a token budget. Pure functions.
 
 Each mini-batch (one optimizer update) takes an equal, consecutive share of the samples, so its content depends on neither
-layout nor budget. Inside it, samples go to ranks by longest-first to the least loaded rank, then into bins by first-fit
-decreasing; every rank gets the same number of micro-batches, because the ranks communicate in each of them.
+layout nor budget. Inside it, `plan` makes the largest cost of a rank small, with as few micro-batches as it finds:
+
+1. Best fit over all samples says how many micro-batches are enough. Every rank gets the same number of them, because the
+   ranks communicate in each.
+2. Longest first, each sample goes to the rank with the least cost so far among those with room for it, into its emptiest
+   micro-batch. Long samples make the costs unequal; the many short ones that follow make them equal again.
+3. If a sample finds no room, the same with the fullest micro-batch of the rank that has room, which fits tighter. If one still
+   finds none, the ranks share the best fit of step 1, micro-batch by micro-batch.
+4. A rank runs its costly micro-batches first: a long one at the end would keep the other pipeline stages waiting.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from megatron_dapo.types import Batch, MiniBatch, Sample
 
+Ranks = list[list[list[int]]]  # [d][m]: the samples of data-parallel rank d, micro-batch m
 
-def pack(samples: Sequence[Sample], *, dp: int, num_updates: int, max_tokens: int, min_micro_batches: int = 1) -> Batch:
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a sequence of L tokens costs: `per_token * L + per_pair * L^2`, in any unit. By default its tokens."""
+
+    per_token: float = 1.0
+    per_pair: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.per_token <= 0 or self.per_pair < 0:
+            raise ValueError(f"{self} must grow with the length; give per_token > 0 and per_pair >= 0")
+
+    def __call__(self, length: int) -> float:
+        return self.per_token * length + self.per_pair * length * length
+
+    @classmethod
+    def of_model(
+        cls,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        ffn_size: int,
+        vocab_size: int,
+    ) -> Cost:
+        """FLOPs of a forward pass (a backward pass has twice as many) of a decoder with grouped-query attention and a gated MLP.
+
+        Two per weight and token; two per head dimension and pair of tokens for each of scores and values, half of the pairs
+        being masked.
+        """
+        attention = hidden_size * head_dim * (2 * num_heads + 2 * num_kv_heads)
+        mlp = 3 * hidden_size * ffn_size
+        return cls(
+            per_token=2.0 * (num_layers * (attention + mlp) + hidden_size * vocab_size),
+            per_pair=2.0 * num_layers * num_heads * head_dim,
+        )
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    dp: int,
+    num_updates: int,
+    max_tokens: int,
+    cost: Cost = Cost(),
+    align: int = 1,
+    multiple: int = 1,
+    min_micro_batches: int = 1,
+) -> Batch:
     """Flatten the samples and plan their micro-batches.
 
-    `max_tokens` is the budget of one micro-batch; `min_micro_batches` keeps a pipeline filled.
+    `max_tokens` is the budget of one micro-batch, in which every sample occupies its length rounded up to a multiple of
+    `align` (context parallelism pads sequences). The micro-batches of a rank number a multiple of `multiple` (an interleaved
+    pipeline needs one of its size) and at least `min_micro_batches` (which keeps a pipeline filled).
     ValueError when a sample exceeds the budget or there are fewer samples than updates.
     """
     if len(samples) < num_updates:
         raise ValueError(f"batch.updates_per_step={num_updates} needs at least as many samples, got {len(samples)}; lower it")
     lengths = tuple(len(sample.tokens) for sample in samples)
-    if (longest := max(lengths)) > max_tokens:
+    padded = [round_up(length, align) for length in lengths]
+    if (longest := max(padded)) > max_tokens:
+        alignment = f", padded to a multiple of {align}" if align > 1 else ""
         raise ValueError(
-            f"batch.max_tokens={max_tokens} is below the longest sample ({longest} tokens); raise it or lower rollout.max_tokens"
+            f"batch.max_tokens={max_tokens} is below the longest sample ({longest} tokens{alignment}); "
+            "raise it or lower rollout.max_tokens"
         )
     newest = max(sample.weight_version for sample in samples)
     trained = [sum(sample.response_mask) for sample in samples]
-    mini_batches = []
+    mini_batches, largest, mean, num_bins = [], 0.0, 0.0, 0
     for indices in split_evenly(range(len(samples)), num_updates):
-        ranks = assign_ranks(indices, lengths, dp)
-        bins = [fill_bins(rank, lengths, max_tokens) for rank in ranks]
-        count = max(min_micro_batches, *(len(b) for b in bins))
+        ranks = plan(
+            [padded[i] for i in indices],
+            dp=dp,
+            max_tokens=max_tokens // align * align,
+            cost=cost,
+            multiple=multiple,
+            min_micro_batches=min_micro_batches,
+        )
         mini_batches.append(
             MiniBatch(
-                micro_batches=tuple(tuple(spread_bins(b, count)) for b in bins),
+                micro_batches=tuple(tuple(tuple(indices[i] for i in micro) for micro in rank) for rank in ranks),
                 num_tokens=sum(trained[i] for i in indices),
             )
         )
+        costs = [sum(cost(padded[indices[i]]) for micro in rank for i in micro) for rank in ranks]
+        largest, mean = largest + max(costs), mean + sum(costs) / dp
+        num_bins += dp * len(ranks[0])
     return Batch(
         tokens_T=torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64),
         response_mask_T=torch.tensor([m for s in samples for m in s.response_mask], dtype=torch.bool),
@@ -48,6 +121,8 @@ def pack(samples: Sequence[Sample], *, dp: int, num_updates: int, max_tokens: in
         fresh_N=torch.tensor([s.weight_version == newest for s in samples]),
         lengths=lengths,
         mini_batches=tuple(mini_batches),
+        imbalance=largest / mean,
+        fill=sum(lengths) / (num_bins * max_tokens),
     )
 
 
@@ -57,39 +132,72 @@ def split_evenly(items: Sequence[int], parts: int) -> list[Sequence[int]]:
     return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def assign_ranks(indices: Sequence[int], lengths: Sequence[int], dp: int) -> list[list[int]]:
-    """Longest first to the rank with the fewest tokens so far."""
-    ranks: list[list[int]] = [[] for _ in range(dp)]
-    loads = [0] * dp
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        rank = loads.index(min(loads))
-        ranks[rank].append(index)
-        loads[rank] += lengths[index]
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def plan(lengths: Sequence[int], *, dp: int, max_tokens: int, cost: Cost, multiple: int = 1, min_micro_batches: int = 1) -> Ranks:
+    """Micro-batches of every rank for samples of these lengths, none of them above `max_tokens`; how is told at the top."""
+    costs = [cost(length) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    bins = best_fit(order, lengths, max_tokens)
+    count = round_up(max(len(bins), dp * min_micro_batches), dp * multiple) // dp
+    rooms = [[max_tokens] * count for _ in range(dp)]
+    ranks = (
+        share_out(order, lengths, costs, rooms, tight=False)
+        or share_out(order, lengths, costs, rooms, tight=True)
+        or deal_out(bins, costs, dp=dp, count=count)
+    )
+    for rank in ranks:
+        rank.sort(key=lambda micro: -sum(costs[i] for i in micro))
     return ranks
 
 
-def fill_bins(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: bins of at most `max_tokens` tokens."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        place = next((b for b, free in enumerate(room) if free >= lengths[index]), None)
+def share_out(
+    order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], rooms: Sequence[Sequence[int]], *, tight: bool
+) -> Ranks | None:
+    """Each sample to the cheapest rank with room for it, into its fullest (`tight`) or emptiest micro-batch with room.
+
+    `rooms[d][m]`: tokens that micro-batch m of rank d holds. None if a sample finds no room.
+    """
+    ranks: Ranks = [[[] for _ in rank] for rank in rooms]
+    free = [sorted((room, m) for m, room in enumerate(rank)) for rank in rooms]  # stays sorted: the emptiest is last
+    cheapest = [(0.0, d) for d in range(len(rooms))]  # stays sorted
+    for i in order:
+        place = next((k for k, (_, d) in enumerate(cheapest) if free[d][-1][0] >= lengths[i]), None)
         if place is None:
+            return None
+        spent, d = cheapest.pop(place)
+        room, m = free[d].pop(bisect_left(free[d], (lengths[i], 0)) if tight else -1)
+        ranks[d][m].append(i)
+        insort(free[d], (room - lengths[i], m))
+        insort(cheapest, (spent + costs[i], d))
+    return ranks
+
+
+def best_fit(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Each sample into the fullest bin with room for it, or into a new one."""
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # room and bin, sorted
+    for i in order:
+        place = bisect_left(rooms, (lengths[i], 0))
+        if place == len(rooms):
             bins.append([])
-            room.append(max_tokens)
-            place = len(bins) - 1
-        bins[place].append(index)
-        room[place] -= lengths[index]
+            rooms.append((max_tokens, len(bins) - 1))  # a new bin has the most room of all
+        room, b = rooms.pop(place)
+        bins[b].append(i)
+        insort(rooms, (room - lengths[i], b))
     return bins
 
 
-def spread_bins(bins: list[list[int]], count: int) -> list[tuple[int, ...]]:
-    """Exactly `count` bins: the fullest ones (by samples) are halved while there are too few; the rest stay empty."""
-    bins = [list(b) for b in bins]
-    while len(bins) < count and bins and len(max(bins, key=len)) > 1:
-        fullest = max(bins, key=len)
-        half = len(fullest) // 2
-        bins.append(fullest[half:])
-        del fullest[half:]
-    bins += [[] for _ in range(count - len(bins))]
-    return [tuple(b) for b in bins]
+def deal_out(bins: Sequence[list[int]], costs: Sequence[float], *, dp: int, count: int) -> Ranks:
+    """`count` bins to each rank: of every `dp` bins, costliest first, the costliest goes to the cheapest rank."""
+    priced = [(sum(costs[i] for i in b), b) for b in bins] + [(0.0, []) for _ in range(count * dp - len(bins))]
+    priced.sort(key=lambda pair: -pair[0])
+    ranks: Ranks = [[] for _ in range(dp)]
+    spent = [0.0] * dp
+    for start in range(0, count * dp, dp):
+        for d, (price, b) in zip(sorted(range(dp), key=spent.__getitem__), priced[start : start + dp], strict=True):
+            ranks[d].append(b)
+            spent[d] += price
+    return ranks

@@ -9,7 +9,7 @@ import psutil
 
 from megatron_dapo.report.metrics import flatten
 from megatron_dapo.rollout.collect import Collected
-from megatron_dapo.types import StepResult
+from megatron_dapo.types import Batch, StepResult
 
 COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window", "carried", "carried_over", "expired")
 COUNTS += ("surplus_dropped", "aborted")
@@ -17,7 +17,7 @@ STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
 
 
 def step_metrics(
-    collected: Collected, result: StepResult, clock: Mapping[str, float], reward_seconds: float, num_updates: int
+    collected: Collected, batch: Batch, result: StepResult, clock: Mapping[str, float], reward_seconds: float, num_updates: int
 ) -> dict[str, float]:
     """Everything a step reports, as plain numbers: fractions, tokens, nats, seconds, GiB.
 
@@ -47,6 +47,8 @@ def step_metrics(
         "policy/rollout_logprob_gap_max": policy["gap_max"],
         "policy/fresh_tokens": policy["fresh_tokens"],
         "policy/micro_batches": result.num_micro_batches,
+        "packing/imbalance": batch.imbalance,
+        "packing/fill": batch.fill,
         "tokens/trained": result.num_tokens,
         "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),
         "time/reward": reward_seconds,
