@@ -120,6 +120,20 @@ class ObjectiveConfig(Section):
     advantage: Literal["std", "none"] = Field(
         default="std", description="Divide by the group's sample standard deviation, or not."
     )
+    mismatch_correction: Literal["none", "truncate", "mask"] = Field(
+        default="none",
+        description="Weigh tokens by w = p_policy / p_engine: 'truncate' cuts w at mismatch_high, 'mask' leaves out what has w "
+        "outside [mismatch_low, mismatch_high].",
+    )
+    mismatch_level: Literal["token", "sequence"] = Field(
+        default="token", description="w of each token, or one w for all of a response: the product over its tokens."
+    )
+    mismatch_low: float | None = Field(
+        default=None, gt=0, lt=1, description="Least w that 'mask' keeps; null: no lower bound. Only for 'mask'."
+    )
+    mismatch_high: float = Field(
+        default=2.0, gt=1, le=1e6, description="Largest w that 'mask' keeps and 'truncate' leaves as it is."
+    )
 
 
 class OptimizerConfig(Section):
@@ -129,6 +143,16 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay; not applied to biases and norms.")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    on_nonfinite: Literal["stop", "skip_update"] = Field(
+        default="stop",
+        description="What to do when loss or gradient is NaN or infinite; the weights stay as they were either way.",
+    )
+    max_skipped: PositiveInt = Field(default=3, description="Updates in a row that skip_update leaves out before the run stops.")
+    spike_factor: float | None = Field(
+        default=5.0,
+        gt=1,
+        description="Report a gradient norm above this times the median of the last 64 updates, once there are 8; null: never.",
+    )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
     decay: Literal["constant", "cosine"] = Field(default="constant", description="Learning rate after warm-up.")
     decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
@@ -282,6 +306,11 @@ class RunConfig(Section):
             raise ValueError(f"data.template={self.data.template!r} must hold {{prompt}}, where the problem goes")
         if self.data.few_shot and not self.data.chat:
             raise ValueError("data.few_shot needs data.chat=true; put the examples into data.template otherwise")
+        if self.objective.mismatch_low is not None and self.objective.mismatch_correction != "mask":
+            raise ValueError(
+                f"objective.mismatch_low={self.objective.mismatch_low} is for objective.mismatch_correction=mask, not "
+                f"{self.objective.mismatch_correction}; set it to null or mask"
+            )
         if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
             raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
 

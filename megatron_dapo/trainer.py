@@ -20,7 +20,8 @@ from megatron_dapo.algo.advantages import with_advantages
 from megatron_dapo.algo.packing import pack
 from megatron_dapo.bridge.transfer import WeightBuckets
 from megatron_dapo.config import RunConfig
-from megatron_dapo.policy.step import NonFiniteLoss, Policy, combine
+from megatron_dapo.policy.guards import NotFinite
+from megatron_dapo.policy.step import Policy, combine
 from megatron_dapo.report.rollouts import rollout_path, save_groups
 from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.report.step import step_metrics
@@ -39,7 +40,7 @@ EXPECTED = (
     SamplingCapReached,
     EngineDied,
     EngineStartTimeout,
-    NonFiniteLoss,
+    NotFinite,
     SyncMismatch,
     checkpoint.SaveFailed,
 )
@@ -144,11 +145,13 @@ class Trainer:
         for k in range(len(batch.mini_batches)):
             try:
                 results.append(self.policy.update(batch, k, old_logprobs_T))
-            except NonFiniteLoss as error:
+            except NotFinite as error:
                 dump = self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"
                 if self.controller:
                     torch.save(batch, dump)
-                raise NonFiniteLoss(f"{error}; the batch is in {dump}") from error
+                raise NotFinite(f"{error}; the batch is in {dump}") from error
+            for warning in results[-1].warnings:
+                self.say(warning)
             if self.controller:
                 self.controller.reporter.progress("update", k + 1, len(batch.mini_batches))
         return combine(results)

@@ -30,6 +30,7 @@ class MicroBatch:
     rollout_logprobs_R: torch.Tensor
     advantages_R: torch.Tensor
     fresh_R: torch.Tensor
+    samples_R: torch.Tensor  # which sample of the micro-batch, from 0
     flat_R: torch.Tensor  # where the predicted tokens stand in the Batch
 
 
@@ -48,7 +49,8 @@ def make_micro_batch(batch: Batch, indices: Sequence[int], starts: Sequence[int]
     positions_T = torch.cat([torch.arange(length) for length in pieces])
     predicted_T = batch.response_mask_T[flat_T]  # never true for the first token of a sample
     where_R = predicted_T.nonzero().squeeze(1)
-    sample_T = torch.repeat_interleave(torch.tensor(list(indices), dtype=torch.long), torch.tensor(lengths, dtype=torch.long))
+    samples_R = torch.repeat_interleave(torch.arange(len(indices)), torch.tensor(lengths, dtype=torch.long))[where_R]
+    indices_R = torch.tensor(list(indices), dtype=torch.long)[samples_R]
     return MicroBatch(
         tokens_1T=tokens_T[None].to(device),
         positions_1T=positions_T[None].to(device),
@@ -57,8 +59,9 @@ def make_micro_batch(batch: Batch, indices: Sequence[int], starts: Sequence[int]
         rows_R=(where_R - 1).to(device),
         labels_R=tokens_T[where_R].to(device),
         rollout_logprobs_R=batch.rollout_logprobs_T[flat_T[where_R]].to(device),
-        advantages_R=batch.advantages_N[sample_T[where_R]].to(device),
-        fresh_R=batch.fresh_N[sample_T[where_R]].to(device),
+        advantages_R=batch.advantages_N[indices_R].to(device),
+        fresh_R=batch.fresh_N[indices_R].to(device),
+        samples_R=samples_R.to(device),
         flat_R=flat_T[where_R],
     )
 
