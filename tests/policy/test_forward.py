@@ -38,6 +38,7 @@ def test_two_samples_in_another_order():
     assert found.rollout_logprobs_R.tolist() == pytest.approx([-0.4, -0.2, -0.3])
     assert found.advantages_R.tolist() == [3.0, 2.0, 2.0]
     assert found.fresh_R.tolist() == [True, False, False]
+    assert found.samples_R.tolist() == [0, 1, 1]  # in the order of this micro-batch
     assert found.flat_R.tolist() == [8, 5, 6]
 
 
@@ -62,7 +63,7 @@ def test_no_padding_where_it_fits():
 def test_an_empty_micro_batch_is_padding_alone(align):
     found = micro((), align=align)
     assert found.tokens_1T.tolist() == [[0] * align] and found.bounds.tolist() == [0, align]
-    assert all(len(x) == 0 for x in (found.rows_R, found.labels_R, found.advantages_R, found.fresh_R, found.flat_R))
+    assert all(len(x) == 0 for x in (found.rows_R, found.labels_R, found.advantages_R, found.samples_R, found.flat_R))
 
 
 def test_logprobs_at_a_temperature_without_the_padded_vocabulary():
