@@ -1,4 +1,4 @@
-"""Everything a run needs to continue exactly: model, optimizer, schedule, random state, and what the controller knows.
+"""Everything a run needs to continue exactly: model, optimizer, schedule, random state, the guard's memory, and what the controller knows.
 
 `<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load it) and `run.pt`, the
 controller's part. A folder gets its name only when it is whole, so a crash while saving leaves the previous one usable.
@@ -81,7 +81,13 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
     try:
         dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
         if place.rank == 0:
-            torch.save({"state": state, "rng": torch.get_rng_state(), "num_updates": policy.num_updates}, temporary / "run.pt")
+            rest = {
+                "state": state,
+                "rng": torch.get_rng_state(),
+                "num_updates": policy.num_updates,
+                "guard": policy.guard.state(),
+            }
+            torch.save(rest, temporary / "run.pt")
     except (Exception, CheckpointException) as failure:  # whatever layer reports a full disk; the latter is a BaseException
         error = failure
     _agree(error, temporary, place)
@@ -116,6 +122,7 @@ def load(folder: Path, policy: Policy) -> RunState:
     rest = torch.load(folder / "run.pt", weights_only=False)
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
+    policy.guard.load_state(rest["guard"])
     dist.barrier(group=policy.place.control)  # all have read it
     return rest["state"]
 

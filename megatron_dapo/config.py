@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from megatron_dapo.layout import Layout
+from megatron_dapo.layout import Layout, round_up
 
 
 class Section(BaseModel):
@@ -39,7 +39,8 @@ class LayoutConfig(Section):
     )
     pipeline_parallel: PositiveInt = Field(default=1, description="Pipeline stages; must divide the number of layers.")
     virtual_pipeline_parallel: PositiveInt | None = Field(
-        default=None, description="Model chunks of each pipeline stage (interleaved schedule); needs pipeline_parallel > 1; null: one."
+        default=None,
+        description="Model chunks of each pipeline stage (interleaved schedule); needs pipeline_parallel > 1; null: one.",
     )
     context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence.")
     expert_parallel: PositiveInt = Field(default=1, description="Ranks that split the experts. Only 1 is supported yet.")
@@ -61,18 +62,23 @@ class LayoutConfig(Section):
 
 class PolicyConfig(Section):
     recompute: Literal["selective", "full"] | None = Field(
-        default=None, description="Compute activations again in the backward pass: of some modules, or of whole layers; null: keep them."
+        default=None,
+        description="Compute activations again in the backward pass: of some modules, or of whole layers; null: keep them.",
     )
     recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = Field(
         default=["core_attn"], description="What 'selective' recomputes."
     )
     recompute_layers: PositiveInt = Field(default=1, description="'full': layers recomputed together from one kept input.")
-    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients over data-parallel ranks during the backward pass.")
+    overlap_grad_reduce: bool = Field(
+        default=False, description="Reduce gradients over data-parallel ranks during the backward pass."
+    )
     overlap_param_gather: bool = Field(
-        default=False, description="Gather updated weights during the next forward pass; needs overlap_grad_reduce and optimizer.distributed."
+        default=False,
+        description="Gather updated weights during the next forward pass; needs overlap_grad_reduce and optimizer.distributed.",
     )
     overlap_tensor_parallel: bool = Field(
-        default=False, description="TransformerEngine's overlap of tensor-parallel communication (GPU only); needs sequence_parallel."
+        default=False,
+        description="TransformerEngine's overlap of tensor-parallel communication (GPU only); needs sequence_parallel.",
     )
 
 
@@ -138,6 +144,20 @@ class ObjectiveConfig(Section):
     advantage: Literal["std", "none"] = Field(
         default="std", description="Divide by the group's sample standard deviation, or not."
     )
+    mismatch_correction: Literal["none", "truncate", "mask"] = Field(
+        default="none",
+        description="Weigh tokens by w = p_policy / p_engine: 'truncate' cuts w at mismatch_high, 'mask' leaves out what has w "
+        "outside [mismatch_low, mismatch_high].",
+    )
+    mismatch_level: Literal["token", "sequence"] = Field(
+        default="token", description="w of each token, or one w for all of a response: the product over its tokens."
+    )
+    mismatch_low: float | None = Field(
+        default=None, gt=0, lt=1, description="Least w that 'mask' keeps; null: no lower bound. Only for 'mask'."
+    )
+    mismatch_high: float = Field(
+        default=2.0, gt=1, le=1e6, description="Largest w that 'mask' keeps and 'truncate' leaves as it is."
+    )
 
 
 class OptimizerConfig(Section):
@@ -147,6 +167,16 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay; not applied to biases and norms.")
     clip_grad: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    on_nonfinite: Literal["stop", "skip_update"] = Field(
+        default="stop",
+        description="What to do when loss or gradient is NaN or infinite; the weights stay as they were either way.",
+    )
+    max_skipped: PositiveInt = Field(default=3, description="Updates in a row that skip_update leaves out before the run stops.")
+    spike_factor: float | None = Field(
+        default=5.0,
+        gt=1,
+        description="Report a gradient norm above this times the median of the last 64 updates, once there are 8; null: never.",
+    )
     warmup_updates: int = Field(default=0, ge=0, description="Linear warm-up, in optimizer updates (not steps).")
     decay: Literal["constant", "cosine"] = Field(default="constant", description="Learning rate after warm-up.")
     decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
@@ -262,9 +292,7 @@ class RunConfig(Section):
     def check(self) -> None:
         """Rules between fields; raises ValueError before any process starts."""
         layout, sampling = self.layout.to_layout(), self.sampling
-        for key, value in (
-            ("expert_parallel", layout.ep),
-        ):
+        for key, value in (("expert_parallel", layout.ep),):
             if value > 1:
                 raise ValueError(
                     f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism"
@@ -275,7 +303,9 @@ class RunConfig(Section):
                 "policy.overlap_param_gather=true needs policy.overlap_grad_reduce=true and optimizer.distributed=true; set both or drop it"
             )
         if policy.overlap_tensor_parallel and not layout.sp:
-            raise ValueError("policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the overlap")
+            raise ValueError(
+                "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the overlap"
+            )
         num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
         parts = self.batch.updates_per_step * layout.dp
         if num_samples % parts:
@@ -294,10 +324,11 @@ class RunConfig(Section):
                 f"reward.overlong_cache={self.reward.overlong_cache} exceeds rollout.max_tokens={self.rollout.max_tokens}; lower it"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens
-        if self.batch.max_tokens < longest:
+        padded = round_up(longest, layout.sequence_multiple)
+        if self.batch.max_tokens < padded:
             raise ValueError(
                 f"batch.max_tokens={self.batch.max_tokens} is below the longest possible sample, data.max_prompt_tokens + "
-                f"rollout.max_tokens = {longest}; raise it to at least {longest}"
+                f"rollout.max_tokens = {longest}; raise it to at least {padded}"
             )
         if self.run.verify_sync and not self.checkpoint.export_hf:
             raise ValueError("run.verify_sync=true compares with the exported checkpoint; set checkpoint.export_hf=true")
@@ -309,6 +340,11 @@ class RunConfig(Section):
             raise ValueError(f"data.template={self.data.template!r} must hold {{prompt}}, where the problem goes")
         if self.data.few_shot and not self.data.chat:
             raise ValueError("data.few_shot needs data.chat=true; put the examples into data.template otherwise")
+        if self.objective.mismatch_low is not None and self.objective.mismatch_correction != "mask":
+            raise ValueError(
+                f"objective.mismatch_low={self.objective.mismatch_low} is for objective.mismatch_correction=mask, not "
+                f"{self.objective.mismatch_correction}; set it to null or mask"
+            )
         if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
             raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
 

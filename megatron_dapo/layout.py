@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def round_up(number: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `number`."""
+    return -(-number // step) * step
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coordinates:
     tp: int
@@ -52,6 +57,11 @@ class Layout:
     def micro_batch_multiple(self) -> int:
         """The interleaved schedule takes micro-batches in rounds of one per stage."""
         return self.pp if self.vpp else 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Tokens that every sequence is padded to a multiple of: context parallelism cuts it into 2 cp chunks."""
+        return 2 * self.cp if self.cp > 1 else 1
 
     def coordinates(self, rank: int) -> Coordinates:
         if not 0 <= rank < self.world_size:

@@ -21,7 +21,8 @@ from megatron_dapo.algo.packing import Cost, pack
 from megatron_dapo.bridge.hf import HFModel
 from megatron_dapo.bridge.transfer import WeightBuckets
 from megatron_dapo.config import RunConfig
-from megatron_dapo.policy.step import NonFiniteLoss, Policy, combine
+from megatron_dapo.policy.guards import NotFinite
+from megatron_dapo.policy.step import Policy, combine
 from megatron_dapo.report.rollouts import rollout_path, save_groups
 from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.report.step import step_metrics
@@ -40,7 +41,7 @@ EXPECTED = (
     SamplingCapReached,
     EngineDied,
     EngineStartTimeout,
-    NonFiniteLoss,
+    NotFinite,
     SyncMismatch,
     checkpoint.SaveFailed,
 )
@@ -66,7 +67,8 @@ def make_batch(groups: Sequence[Group], config: RunConfig, model: HFModel) -> Ba
         num_updates=updates,
         max_tokens=config.batch.max_tokens,
         cost=cost,
-        multiple=layout.pp if (layout.vpp or 1) > 1 else 1,
+        align=layout.sequence_multiple,
+        multiple=layout.micro_batch_multiple,
     )
 
 
@@ -163,11 +165,13 @@ class Trainer:
         for k in range(len(batch.mini_batches)):
             try:
                 results.append(self.policy.update(batch, k, old_logprobs_T))
-            except NonFiniteLoss as error:
+            except NotFinite as error:
                 dump = self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"
                 if self.controller:
                     torch.save(batch, dump)
-                raise NonFiniteLoss(f"{error}; the batch is in {dump}") from error
+                raise NotFinite(f"{error}; the batch is in {dump}") from error
+            for warning in results[-1].warnings:
+                self.say(warning)
             if self.controller:
                 self.controller.reporter.progress("update", k + 1, len(batch.mini_batches))
         return combine(results)

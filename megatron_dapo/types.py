@@ -152,7 +152,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the policy reports of one step, averaged over its updates by their tokens."""
+    """What the policy reports of one step, averaged over its updates by their trained tokens.
+
+    A skipped update counts in `metrics["skipped_updates"]` and nowhere else. `warnings` are sentences for the console.
+    """
 
     loss: float
     grad_norm: float
@@ -161,3 +164,4 @@ class StepResult:
     num_micro_batches: int
     lr: float
     metrics: dict[str, Metric] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()

@@ -47,8 +47,8 @@ def sample_losses(model: torch.nn.Module, samples: Sequence[Sample], old: Sequen
 class Trainer:
     """AdamW with clipping of the global norm; biases and norms do not decay, as in Megatron."""
 
-    def __init__(self, folder: Path | str, *, lr: float, eps: float) -> None:
-        self.model = load(folder)
+    def __init__(self, folder: Path | str, *, lr: float, eps: float, stored: torch.dtype = torch.float32) -> None:
+        self.model = load(folder, stored).double()
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]

@@ -48,7 +48,11 @@ def test_a_dump_loads_as_the_same_configuration(tmp_path):
         {
             "model": {"path": "tiny"},
             "optimizer": {"lr": 1.2345678901234567e-7, "betas": (0.8, 0.95)},
-            "data": {"template": 'Solve ${x}, \\${y}: {prompt}\n# "no"', "chat": True, "few_shot": [{"prompt": "a: b", "response": "yes"}]},
+            "data": {
+                "template": 'Solve ${x}, \\${y}: {prompt}\n# "no"',
+                "chat": True,
+                "few_shot": [{"prompt": "a: b", "response": "yes"}],
+            },
             "sampling": {"max_prompts": 600},
             "rollout": {"extra_args": ["--x", "1"]},
             "objective": {"dual_clip": None},
@@ -70,6 +74,11 @@ def test_a_dump_loads_as_the_same_configuration(tmp_path):
         ("optimizer.lr=0", "optimizer.lr=0: Input should be greater than 0"),
         ("run.max_steps=many", "run.max_steps='many'"),
         ("sampling.samples_per_prompt=1", "sampling.samples_per_prompt=1: Input should be greater than or equal to 2"),
+        ("objective.mismatch_low=1", "objective.mismatch_low=1: Input should be less than 1"),
+        ("objective.mismatch_high=1", "objective.mismatch_high=1: Input should be greater than 1"),
+        ("objective.mismatch_level=geometric", "objective.mismatch_level='geometric': Input should be 'token' or 'sequence'"),
+        ("optimizer.max_skipped=0", "optimizer.max_skipped=0: Input should be greater than 0"),
+        ("optimizer.spike_factor=1", "optimizer.spike_factor=1: Input should be greater than 1"),
         ("run.seed", "override 'run.seed' is not of the form section.key=value"),
         ("--run.seed=1", "override '--run.seed=1' is not of the form section.key=value"),
     ],
@@ -112,7 +121,10 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
     ("overrides", "message"),
     [
         (["layout.expert_parallel=2"], "layout.expert_parallel=2 is not supported yet"),
-        (["layout.virtual_pipeline_parallel=2"], "virtual_pipeline_parallel=2 needs at least 2 chunks and layout.pipeline_parallel > 1"),
+        (
+            ["layout.virtual_pipeline_parallel=2"],
+            "virtual_pipeline_parallel=2 needs at least 2 chunks and layout.pipeline_parallel > 1",
+        ),
         (["policy.overlap_param_gather=true"], "needs policy.overlap_grad_reduce=true and optimizer.distributed=true; set both"),
         (
             ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true", "optimizer.distributed=false"],
@@ -139,6 +151,11 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
         (["data.template=Solve it"], "data.template='Solve it' must hold {prompt}"),
         (["data.few_shot=[{prompt: a, response: b}]"], "data.few_shot needs data.chat=true"),
         (["optimizer.decay=cosine"], "optimizer.decay=cosine needs optimizer.decay_updates"),
+        (["objective.mismatch_low=0.5"], "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not none"),
+        (
+            ["objective.mismatch_low=0.5", "objective.mismatch_correction=truncate"],
+            "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not truncate; set it to null or mask",
+        ),
     ],
 )
 def test_each_rule_between_fields(overrides, message):
@@ -155,6 +172,7 @@ def test_each_rule_between_fields(overrides, message):
         ["data.max_prompt_tokens=10", "rollout.max_tokens=20", "batch.max_tokens=30"],
         ["data.few_shot=[{prompt: a, response: b}]", "data.chat=true"],
         ["optimizer.decay=cosine", "optimizer.decay_updates=10"],
+        ["objective.mismatch_correction=mask", "objective.mismatch_low=0.5", "objective.mismatch_level=sequence"],
         ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "policy.overlap_tensor_parallel=true"],
         ["layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "layout.context_parallel=2"],
         ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true"],

@@ -23,6 +23,7 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
     prompt = Prompt(position=0, row=0, text="1+1=", answer="2", tokens=(3, 4))
     group = Group(prompt=prompt, completions=(completion, completion), correct=(True, False), rewards=(1.0, -1.0))
     names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
+    names += ("skipped_updates", "grad_norm_spike", "kl_k1", "kl_k3", "ess", "masked")
     sample = Sample(
         tokens=(3, 4, 5),
         response_mask=(False, False, True),
@@ -42,7 +43,7 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
         metrics=dict.fromkeys(names, Mean(0.0, 1.0)),
     )
     reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), batch, result, {}, 0.0, 1)
-    documented = re.findall(r"^\| `([a-z_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| `([a-z0-9_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     assert len(documented) == len(set(documented))
     assert set(documented) == reported.keys() | NOT_OF_A_STEP
 

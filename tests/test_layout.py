@@ -74,7 +74,9 @@ def test_sequence_parallel_needs_tensor_parallel():
 
 @pytest.mark.parametrize(("vpp", "pp"), [(2, 1), (1, 2)])
 def test_virtual_stages_need_stages(vpp, pp):
-    with pytest.raises(ValueError, match=rf"virtual_pipeline_parallel={vpp} needs at least 2 chunks and .* > 1, got {pp}; set it to null"):
+    with pytest.raises(
+        ValueError, match=rf"virtual_pipeline_parallel={vpp} needs at least 2 chunks and .* > 1, got {pp}; set it to null"
+    ):
         Layout(vpp=vpp, pp=pp)
 
 

@@ -31,12 +31,15 @@ def dapo_loss(
     old_logprobs_T: torch.Tensor,
     advantages_T: torch.Tensor,
     mask_T: torch.Tensor,
+    weights_T: torch.Tensor | None = None,
     *,
     eps_low: float,
     eps_high: float,
     dual_clip: float | None,
 ) -> LossSums:
     """Sum over masked-in tokens of -min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), bounded below by `dual_clip` * A for A < 0.
+
+    `weights_T` (detached, algo/mismatch.py) multiplies each token's term; None is 1.
 
     Returns sums: the loss, the number of tokens, how many tokens each clip side held back, and the k3 estimate of
     KL(old || now). The ratio is masked before `exp`, so that whatever stands outside the mask cannot reach the result.
@@ -47,6 +50,8 @@ def dapo_loss(
     if dual_clip is not None:
         bounded_T = torch.maximum(objective_T, dual_clip * advantages_T)
         objective_T = torch.where(advantages_T < 0, bounded_T, objective_T)
+    if weights_T is not None:
+        objective_T = objective_T * weights_T
     with torch.no_grad():
         clip_low = (mask_T & (advantages_T < 0) & (ratio_T < 1 - eps_low)).sum()
         clip_high = (mask_T & (advantages_T > 0) & (ratio_T > 1 + eps_high)).sum()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dapo.layout import round_up
 from megatron_dapo.types import Batch, MiniBatch, Sample
 
 Ranks = list[list[list[int]]]  # [d][m]: the samples of data-parallel rank d, micro-batch m
@@ -130,10 +131,6 @@ def split_evenly(items: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Consecutive parts whose sizes differ by at most one."""
     edges = [len(items) * k // parts for k in range(parts + 1)]
     return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-
-
-def round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
 
 
 def plan(lengths: Sequence[int], *, dp: int, max_tokens: int, cost: Cost, multiple: int = 1, min_micro_batches: int = 1) -> Ranks:

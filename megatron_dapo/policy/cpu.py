@@ -67,7 +67,9 @@ def install() -> None:
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]
     torch.cuda.Event = _Event  # type: ignore[assignment,misc]
-    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)  # recomputation saves and restores it; nothing here is random
+    rng._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(
+        0
+    )  # recomputation saves and restores it; nothing here is random
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
     for name in ("activation_recompute_forward", "fp8_autocast"):  # TransformerEngine's, which recomputation of a norm calls
         setattr(rng, name, lambda **kwargs: contextlib.nullcontext())

@@ -17,6 +17,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_dapo.algo.loss import vocab_parallel_logprobs
+from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.policy.parallel import Place
 from megatron_dapo.types import Batch
 
@@ -35,20 +36,20 @@ class MicroBatch:
     rollout_logprobs_R: torch.Tensor
     advantages_R: torch.Tensor
     fresh_R: torch.Tensor
+    samples_R: torch.Tensor  # which sample of the micro-batch, from 0
     flat_R: torch.Tensor  # where the predicted tokens stand in the Batch
 
 
 def make_micro_batch(
-    batch: Batch, indices: Sequence[int], starts: Sequence[int], *, align: int, device: Any, cp: int = 1, cp_rank: int = 0
+    batch: Batch, indices: Sequence[int], starts: Sequence[int], *, layout: Layout, cp_rank: int, align: int, device: Any
 ) -> MicroBatch:
     """Gather samples `indices` out of the flat batch; `starts` are their offsets in it.
 
-    Under context parallelism each sequence is padded to a multiple of 2 cp. One extra sequence nothing is learnt from makes this
+    Under context parallelism each sequence is padded to a multiple of 2 cp. One extra sequence nothing is learnt from makes every
     rank's share a multiple of `align` tokens. No indices: padding only.
     """
-    chunks = 2 * cp if cp > 1 else 1
-    padded = [-(-batch.lengths[i] // chunks) * chunks for i in indices]
-    unit = math.lcm(chunks, cp * align)
+    padded = [round_up(batch.lengths[i], layout.sequence_multiple) for i in indices]
+    unit = math.lcm(layout.sequence_multiple, layout.cp * align)
     filler = -sum(padded) % unit if padded else unit
     source_T = torch.full((sum(padded) + filler,), -1)  # where each token stands in the batch; -1: padding
     first = 0
@@ -59,13 +60,14 @@ def make_micro_batch(
     tokens_T = torch.where(real_T, batch.tokens_T[source_T], 0)
     pieces = padded + [filler] * bool(filler)
     bounds = torch.tensor([0, *itertools.accumulate(pieces)], dtype=torch.int32)
-    mine_T = zigzag(bounds.tolist(), cp, cp_rank)
+    mine_T = zigzag(bounds.tolist(), layout.cp, cp_rank)
     here_T = torch.full_like(source_T, -1)
     here_T[mine_T] = torch.arange(len(mine_T))
     where_R = (real_T & batch.response_mask_T[source_T]).nonzero().squeeze(1)  # never the first token of a sample
     where_R = where_R[here_T[where_R - 1] >= 0]
     flat_R = source_T[where_R]
     sample_R = torch.bucketize(flat_R, torch.tensor(batch.lengths).cumsum(0), right=True)
+    samples_R = torch.bucketize(where_R, bounds[1:], right=True)  # sequences of the micro-batch, in its order
     return MicroBatch(
         tokens_1T=tokens_T[mine_T][None].to(device),
         positions_1T=torch.cat([torch.arange(length) for length in pieces])[mine_T][None].to(device),
@@ -76,6 +78,7 @@ def make_micro_batch(
         rollout_logprobs_R=batch.rollout_logprobs_T[flat_R].to(device),
         advantages_R=batch.advantages_N[sample_R].to(device),
         fresh_R=batch.fresh_N[sample_R].to(device),
+        samples_R=samples_R.to(device),
         flat_R=flat_R,
     )
 

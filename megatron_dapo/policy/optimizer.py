@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -54,6 +55,24 @@ def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str) -> A
     return optimizer
 
 
+def ready_gradients(optimizer: Any) -> float:
+    """Hand the reduced gradients to the optimizer; returns their norm over all ranks, before clipping. Nothing is updated yet."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
+    """The rest of Megatron's `optimizer.step`, which has no place to look at the norm in: clip, AdamW, gather the parameters."""
+    for part in _parts(optimizer):
+        if clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _allocate_state(optimizer: Any) -> None:
     """Give torch's AdamW its state before the first step: Megatron can neither save nor load it otherwise."""
     for parameter, state in _torch_states(optimizer):
@@ -70,7 +89,7 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _torch_states(optimizer: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter, part.optimizer.state[parameter]

@@ -13,24 +13,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_dapo.algo.loss import dapo_loss
+from megatron_dapo.algo.mismatch import correct, importance_weights, mismatch_sums
 from megatron_dapo.bridge.hf import HFModel, read_model, resolve_folder
 from megatron_dapo.config import RunConfig
 from megatron_dapo.policy import cpu, parallel
 from megatron_dapo.policy import model as model_file
 from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_logprobs, run_model
-from megatron_dapo.policy.optimizer import build_optimizer, build_schedule
-from megatron_dapo.report.metrics import Max, Mean, merge
-from megatron_dapo.types import Batch, StepResult
+from megatron_dapo.policy.guards import Guard
+from megatron_dapo.policy.optimizer import apply_gradients, build_optimizer, build_schedule, ready_gradients
+from megatron_dapo.report.metrics import Count, EffectiveSize, Max, Mean, Metric, merge
+from megatron_dapo.types import Batch, MiniBatch, StepResult
 
-SUMS = ("loss", "num_tokens", "fresh_tokens", "entropy", "clip_low", "clip_high", "kl_old", "gap")
-
-
-class NonFiniteLoss(RuntimeError):
-    """Loss or gradient norm is NaN or infinite; the parameters are those before the update unless the message says otherwise."""
+OF_TRAINED = ("clip_low", "clip_high", "kl_old")  # sums over the tokens in the loss
+OF_ALL = ("entropy", "fresh_tokens", "kl_k1", "kl_k3", "masked")  # over these and those the mismatch correction masked
+SUMS = ("loss", "num_tokens", *OF_TRAINED, *OF_ALL, "gap", "weights", "squares")
 
 
 class Policy:
@@ -57,8 +56,9 @@ class Policy:
         model_file.load_weights(self.chunks, self.folder, self.hf, self.place)
         self.optimizer = build_optimizer(config.optimizer, self.chunks, config.model.dtype)
         self.schedule = build_schedule(config.optimizer, self.optimizer)
+        self.guard = Guard(config.optimizer, self.place)
         for chunk in self.chunks:
-            chunk.config.finalize_model_grads_func = finalize_model_grads
+            chunk.config.finalize_model_grads_func = self.guard.finalize
             chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.num_updates = 0
 
@@ -85,54 +85,83 @@ class Policy:
         """One optimizer update on mini-batch `k`.
 
         `old_logprobs_T` [T] comes from `logprobs`; None means the policy has not moved since collection, so the ratio is 1.
-        NonFiniteLoss is raised on all ranks before the weights are touched.
+        NotFinite is raised on all ranks; with optimizer.on_nonfinite=skip_update the update is left out instead, which
+        advances neither `num_updates` nor the schedule.
         """
         mini, objective = batch.mini_batches[k], self.config.objective
 
         def loss(logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
             logprobs_R, entropy_R = self._response_logprobs(logits, micro)
             old_R = logprobs_R.detach() if old_logprobs_T is None else old_logprobs_T[micro.flat_R].to(self.device)
+            weights_R = importance_weights(
+                old_R,
+                micro.rollout_logprobs_R,
+                micro.samples_R,
+                level=objective.mismatch_level,
+                num_samples=len(micro.bounds) - 1,
+                group=self.place.cp_group,
+            )
+            factors_R, stay_R = correct(
+                weights_R,
+                correction=objective.mismatch_correction,
+                low=objective.mismatch_low,
+                high=objective.mismatch_high,
+            )
             sums = dapo_loss(
                 logprobs_R,
                 old_R,
                 micro.advantages_R,
-                torch.ones_like(micro.rows_R, dtype=torch.bool),
+                stay_R,
+                factors_R,
                 eps_low=objective.eps_low,
                 eps_high=objective.eps_high,
                 dual_clip=objective.dual_clip,
             )
-            gap_R = torch.where(micro.fresh_R, (old_R - micro.rollout_logprobs_R).abs(), 0.0)
-            clips = (sums.clip_low, sums.clip_high, sums.kl_old)
-            report = (sums.loss.detach(), sums.num_tokens, micro.fresh_R.sum(), entropy_R.sum(), *clips, gap_R.sum())
-            stacked = torch.stack([x.double().cpu() for x in report])
-            return sums.loss, sums.num_tokens.int(), {"sums": stacked, "gap_max": float(gap_R.max()) if gap_R.numel() else 0.0}
+            gaps = mismatch_sums(old_R, micro.rollout_logprobs_R, micro.fresh_R, weights_R, stay_R)
+            report = (sums.loss.detach(), sums.num_tokens, sums.clip_low, sums.clip_high, sums.kl_old)  # as in SUMS
+            report += (entropy_R.sum(), micro.fresh_R.sum(), gaps.kl_k1, gaps.kl_k3, gaps.masked)
+            report += (gaps.gap, gaps.weights, gaps.squares)
+            stacked = torch.stack([x.double() for x in (*report, gaps.gap_max)]).cpu()
+            return sums.loss, sums.num_tokens.int(), {"sums": stacked[:-1], "gap_max": float(stacked[-1])}
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._schedule(batch, k, loss, forward_only=False)
         totals, gap_max = self._gather(outputs)
-        if not math.isfinite(totals["loss"]):
-            raise NonFiniteLoss(f"the loss of update {self.num_updates + 1} is {totals['loss']}; the weights were not changed")
-        assert int(totals["num_tokens"]) == mini.num_tokens, (totals["num_tokens"], mini.num_tokens)
+        grad_norm = ready_gradients(self.optimizer)
+        micro_losses = [float(output["sums"][0]) for output in outputs] if self.place.reports_loss else []
+        if trouble := self.guard.trouble(totals["loss"], micro_losses, grad_norm, batch, old_logprobs_T):
+            return self._skipped(self.guard.skip(trouble, self.num_updates + 1), mini)
+        assert int(totals["num_tokens"] + totals["masked"]) == mini.num_tokens, (totals, mini.num_tokens)
         self.schedule.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        grad_norm = float(grad_norm or 0.0)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteLoss(
-                f"the gradient norm of update {self.num_updates + 1} is {grad_norm}; resume from the last checkpoint"
-            )
+        apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
         self.num_updates += 1
-        tokens = max(mini.num_tokens, 1)
+        self.guard.check_parameters(self.num_updates)
+        spike = self.guard.spike(grad_norm, self.num_updates)
         return StepResult(
-            loss=totals["loss"] / tokens,
+            loss=totals["loss"] / max(totals["num_tokens"], 1),
             grad_norm=grad_norm,
-            num_tokens=mini.num_tokens,
+            num_tokens=int(totals["num_tokens"]),
             num_updates=1,
             num_micro_batches=len(mini.micro_batches[0]),
             lr=self.optimizer.param_groups[0]["lr"],
-            metrics={name: Mean(totals[name], mini.num_tokens) for name in SUMS[2:-1]}
-            | {"gap": Mean(totals["gap"], totals["fresh_tokens"]), "gap_max": Max(gap_max)},
+            metrics=_metrics(totals, gap_max, mini.num_tokens)
+            | {"skipped_updates": Count(0), "grad_norm_spike": Count(bool(spike))},
+            warnings=(spike,) * bool(spike),
+        )
+
+    def _skipped(self, warning: str, mini: MiniBatch) -> StepResult:
+        """An update that did not happen: counted, and nothing of it in the other metrics."""
+        return StepResult(
+            loss=math.nan,
+            grad_norm=math.nan,
+            num_tokens=0,
+            num_updates=0,
+            num_micro_batches=len(mini.micro_batches[0]),
+            lr=self.optimizer.param_groups[0]["lr"],
+            metrics=_metrics(dict.fromkeys(SUMS, 0.0), -math.inf, 0) | {"skipped_updates": Count(1), "grad_norm_spike": Count(0)},
+            warnings=(warning,),
         )
 
     def _response_logprobs(self, logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +174,7 @@ class Policy:
         align = layout.tp if layout.sp else 1
         for indices in batch.mini_batches[k].micro_batches[self.place.dp_rank]:
             yield make_micro_batch(
-                batch, indices, starts, align=align, device=self.device, cp=layout.cp, cp_rank=self.place.cp_rank
+                batch, indices, starts, layout=layout, cp_rank=self.place.cp_rank, align=align, device=self.device
             )
 
     def _schedule(self, batch: Batch, k: int, loss: Callable[..., Any], *, forward_only: bool) -> list[dict]:
@@ -176,20 +205,34 @@ class Policy:
         return dict(zip(SUMS, values.tolist(), strict=True)), float(peak)
 
 
+def _metrics(totals: dict[str, float], gap_max: float, num_tokens: int) -> dict[str, Metric]:
+    """`num_tokens` of the mini-batch, those that the mismatch correction masked included."""
+    return {
+        **{name: Mean(totals[name], totals["num_tokens"]) for name in OF_TRAINED},
+        **{name: Mean(totals[name], num_tokens) for name in OF_ALL},
+        "gap": Mean(totals["gap"], totals["fresh_tokens"]),
+        "gap_max": Max(gap_max),
+        "ess": EffectiveSize(totals["weights"], totals["squares"], num_tokens),
+    }
+
+
 def combine(results: list[StepResult]) -> StepResult:
-    """The report of a step: token-weighted means over its updates; learning rate and count of the last."""
+    """The report of a step: token-weighted means over its updates, skipped ones left out; learning rate of the last."""
     tokens = sum(r.num_tokens for r in results)
-    weights = [r.num_tokens / max(tokens, 1) for r in results]
+    done = [r for r in results if r.num_updates]
 
     def mean(values: Iterator[float]) -> float:
-        return sum(w * v for w, v in zip(weights, values, strict=True))
+        if not done:
+            return math.nan
+        return sum(r.num_tokens / max(tokens, 1) * v for r, v in zip(done, values, strict=True))
 
     return StepResult(
-        loss=mean(r.loss for r in results),
-        grad_norm=mean(r.grad_norm for r in results),
+        loss=mean(r.loss for r in done),
+        grad_norm=mean(r.grad_norm for r in done),
         num_tokens=tokens,
-        num_updates=len(results),
+        num_updates=len(done),
         num_micro_batches=sum(r.num_micro_batches for r in results),
         lr=results[-1].lr,
         metrics=merge(r.metrics for r in results),
+        warnings=tuple(text for r in results for text in r.warnings),
     )

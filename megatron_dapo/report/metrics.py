@@ -37,6 +37,23 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
+class EffectiveSize:
+    """Kish's effective sample size of weights w, as a fraction: (sum w)^2 / (count * sum w^2). 1 when all are equal."""
+
+    total: float
+    squares: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        """NaN when nothing was measured."""
+        return self.total**2 / (self.count * self.squares) if self.count else math.nan
+
+    def merge(self, other: EffectiveSize) -> EffectiveSize:
+        return EffectiveSize(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+
+@dataclass(frozen=True, slots=True)
 class Max:
     """The largest value; a NaN stays NaN, it is never hidden by a larger number."""
 
@@ -56,7 +73,7 @@ class Count:
         return Count(self.value + other.value)
 
 
-Metric = Mean | Max | Count
+Metric = Mean | EffectiveSize | Max | Count
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_dapo.layout import Layout
 from megatron_dapo.policy.forward import make_micro_batch, response_logprobs
 from megatron_dapo.types import Batch
 
@@ -20,12 +21,14 @@ BATCH = Batch(
     fresh_N=torch.tensor([True, False, True]),
     lengths=(3, 4, 2),
     mini_batches=(),
+    imbalance=1.0,
+    fill=1.0,
 )
 STARTS = [0, *itertools.accumulate(BATCH.lengths)]
 
 
-def micro(indices, align=1):
-    return make_micro_batch(BATCH, indices, STARTS, align=align, device="cpu")
+def micro(indices, align=1, cp=1, cp_rank=0):
+    return make_micro_batch(BATCH, indices, STARTS, layout=Layout(cp=cp), cp_rank=cp_rank, align=align, device="cpu")
 
 
 def test_two_samples_in_another_order():
@@ -38,6 +41,7 @@ def test_two_samples_in_another_order():
     assert found.rollout_logprobs_R.tolist() == pytest.approx([-0.4, -0.2, -0.3])
     assert found.advantages_R.tolist() == [3.0, 2.0, 2.0]
     assert found.fresh_R.tolist() == [True, False, False]
+    assert found.samples_R.tolist() == [0, 1, 1]  # in the order of this micro-batch
     assert found.flat_R.tolist() == [8, 5, 6]
 
 
@@ -54,6 +58,23 @@ def test_padding_is_a_sequence_of_its_own():
     assert found.rows_R.tolist() == [0]
 
 
+def test_context_parallel_ranks_hold_the_outer_and_the_inner_chunks():
+    outer, inner = (micro((2, 1), cp=2, cp_rank=rank) for rank in (0, 1))
+    assert outer.tokens_1T.tolist() == [[30, 0, 20, 23]] and outer.positions_1T.tolist() == [[0, 3, 0, 3]]
+    assert inner.tokens_1T.tolist() == [[31, 0, 21, 22]] and inner.positions_1T.tolist() == [[1, 2, 1, 2]]
+    for found in (outer, inner):
+        assert found.bounds.tolist() == [0, 4, 8] and found.max_length == 4  # of the whole sequences
+    assert (outer.rows_R.tolist(), outer.labels_R.tolist(), outer.flat_R.tolist()) == ([0], [31], [8])
+    assert (inner.rows_R.tolist(), inner.labels_R.tolist(), inner.flat_R.tolist()) == ([2, 3], [22, 23], [5, 6])
+    assert inner.advantages_R.tolist() == [2.0, 2.0] and inner.samples_R.tolist() == [1, 1]
+
+
+def test_every_context_parallel_share_is_aligned():
+    found = [micro((2,), cp=2, cp_rank=rank, align=3) for rank in (0, 1)]
+    assert [f.tokens_1T.shape[1] for f in found] == [6, 6]  # 4 tokens and a filler of 8 make 12, a multiple of 4 and of 2 x 3
+    assert found[0].bounds.tolist() == [0, 4, 12]
+
+
 def test_no_padding_where_it_fits():
     assert micro((1,), align=4).bounds.tolist() == [0, 4]
 
@@ -62,7 +83,7 @@ def test_no_padding_where_it_fits():
 def test_an_empty_micro_batch_is_padding_alone(align):
     found = micro((), align=align)
     assert found.tokens_1T.tolist() == [[0] * align] and found.bounds.tolist() == [0, align]
-    assert all(len(x) == 0 for x in (found.rows_R, found.labels_R, found.advantages_R, found.fresh_R, found.flat_R))
+    assert all(len(x) == 0 for x in (found.rows_R, found.labels_R, found.advantages_R, found.samples_R, found.flat_R))
 
 
 def test_logprobs_at_a_temperature_without_the_padded_vocabulary():
