@@ -17,7 +17,7 @@ def make_attention() -> PackedAttention:
 
 def params(lengths: list[int]) -> SimpleNamespace:
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-    return SimpleNamespace(cu_seqlens_q=bounds)
+    return SimpleNamespace(cu_seqlens_q=bounds, cp_group=None)
 
 
 def explicit(query, key, value, lengths):
