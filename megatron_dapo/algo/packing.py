@@ -100,7 +100,7 @@ def pack(
         ranks = plan(
             [padded[i] for i in indices],
             dp=dp,
-            max_tokens=max_tokens // align * align,
+            max_tokens=max_tokens,
             cost=cost,
             multiple=multiple,
             min_micro_batches=min_micro_batches,

@@ -36,10 +36,12 @@ def test_packing(bench):
 
 
 def test_imbalance_is_by_the_cost_of_qwen_32b(bench):
-    report = bench([20000, 10000, 10000], "--budget", "20000", "--ranks", "2")
-    long, short = (2 * 31.9842e9 * n + 655360 * n * n for n in (20000, 10000))
-    assert report["imbalance"] == pytest.approx(long / (long / 2 + short), abs=1e-4)
-    assert report["imbalance"] > 1.04 and report["fill"] == 1
+    # by tokens the last 500 would go to the 20000; by cost that one is the dearest before
+    lengths = [20000, 10000, 10000, 10000, 9000, 500, 500, 500]
+    report = bench(lengths, "--budget", "22528", "--ranks", "3")
+    costs = [2 * 31.9842e9 * n + 655360 * n * n for n in lengths]
+    assert report["imbalance"] == pytest.approx(costs[0] / (sum(costs) / 3), abs=1e-4)
+    assert report["imbalance"] > 1.05 and report["fill"] == round(60500 / 67584, 5)
 
 
 def test_a_budget_below_a_sample(bench):
