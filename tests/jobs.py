@@ -246,10 +246,12 @@ def resume(layouts: list[str], model: str, folder: str, reshard: dict[str, str])
             newest = checkpoint.find(run_dir, "auto")
             assert newest is not None
             state = checkpoint.load(newest, policy)
+            norms = list(policy.guard.norms)
             batch = plan(make_samples(), policy.place.layout, num_updates=2, budget="half")
             found[name] = {
                 "folder": newest.name,
                 "state": [state.step, state.prompts, state.collector, policy.num_updates],
+                "norms": norms,
                 "updates": [_update(policy, batch, number) for number in (2, 3)],
             }
             if name not in reshard:

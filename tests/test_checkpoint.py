@@ -42,6 +42,13 @@ def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_guard_remembers_the_gradient_norms(runs, layout):
+    _, saved, _, resumed = runs
+    for rank in range(2 if layout == "dp2" else 4):
+        assert resumed[rank][layout]["norms"] == [update["grad_norm"] for update in saved[rank][layout]["updates"][:2]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_controllers_state_reaches_every_rank(runs, layout):
     for rank in range(RANKS[layout][0]):
         found = runs[3][rank][layout]

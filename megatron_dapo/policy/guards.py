@@ -60,7 +60,7 @@ class Guard:
             return ""
         names = [name for (name, _), bad in zip(self._named, bad_P.tolist(), strict=True) if bad]
         found = self._by_rank([f"gradient of {name}" for name in reversed(names)])  # in the order of the backward pass
-        return f"the gradient norm is {grad_norm} ({found or 'the gradients of each rank are finite, their sum is not'})"
+        return f"the gradient is not finite (norm {grad_norm}; {found or 'that of each rank is finite, their sum is not'})"
 
     def skip(self, trouble: str, update: int) -> str:
         """Count an update that is left out and return what to say of it. NotFinite when it is not to be, or is one too many."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,34 +19,35 @@ from megatron_dapo.policy.step import combine
 from megatron_dapo.report.metrics import Count, Max, Mean, flatten
 from megatron_dapo.types import StepResult
 
-NAME = "decoder.layers.1.mlp.linear_fc2.weight"
+EARLIER, NAME = "decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @contextlib.contextmanager
-def poison(policy: Any, batch: Any, *, rank: int = 0, **values: float) -> Iterator[None]:
+def poison(policy: Any, batch: Any, *, rank: int = 0, names: Sequence[str] = (EARLIER, NAME), **values: float) -> Iterator[None]:
     """One bad value for the time of an update: an advantage of the batch, or on one rank a gradient, a parameter before the update,
     or a parameter `after` it."""
     from megatron_dapo.policy.model import named_shards
 
-    advantages, optimizer = batch.advantages_N.clone(), policy.optimizer
+    advantages, optimizer, hooks = batch.advantages_N.clone(), policy.optimizer, []
     if "advantage" in values:
         batch.advantages_N[2] = values["advantage"]
-    if policy.place.rank == rank and values.keys() & {"gradient", "parameter", "after"}:
-        target = dict(named_shards(policy.chunks))[NAME]
+    if policy.place.rank == rank:
+        named = dict(named_shards(policy.chunks))
         if "gradient" in values:
-            hook = target.register_hook(lambda gradient: torch.full_like(gradient, values["gradient"]))
+            for name in named.keys() & names:
+                hooks.append(named[name].register_hook(lambda gradient: torch.full_like(gradient, values["gradient"])))
         if "parameter" in values:
-            target.data.view(-1)[5] = values["parameter"]
+            named[NAME].data.view(-1)[5] = values["parameter"]
         if "after" in values:
             step = optimizer.step_with_ready_grads
-            optimizer.step_with_ready_grads = lambda: (step(), target.data.fill_(values["after"]))
+            optimizer.step_with_ready_grads = lambda: (step(), named[NAME].data.fill_(values["after"]))
     yield
     batch.advantages_N.copy_(advantages)
-    if policy.place.rank == rank and "gradient" in values:
+    for hook in hooks:
         hook.remove()
 
 
-def update(policy: Any, batch: Any, values: dict[str, float]) -> dict[str, Any]:
+def update(policy: Any, batch: Any, values: dict[str, Any]) -> dict[str, Any]:
     """One update, poisoned on the way, and what became of it on this rank."""
     from megatron_dapo.policy.guards import NotFinite
 
@@ -95,6 +96,7 @@ RUNS: dict[str, dict[str, Any]] = {
 RUNS |= {
     "infinite gradient": {"layout": "tp1", "updates": [{"gradient": math.inf}]},
     "unclipped": {"layout": "dp2", "overrides": ["optimizer.clip_grad=0"], "updates": [BAD_GRADIENT, GOOD]},
+    "replicated": {"layout": "tp2", "updates": [{**BAD_GRADIENT, "names": ["decoder.final_layernorm.weight"]}]},
     "advantage": {"layout": "dp2", "updates": [{"advantage": math.nan}]},
     "parameter": {"layout": "dp2", "updates": [{"parameter": math.nan, "rank": 1}]},
     "huge parameter": {"layout": "tp1", "updates": [{"parameter": 1e30}]},
@@ -120,7 +122,11 @@ def on_each_rank(found: list[dict[str, Any]], name: str) -> list[list[dict[str, 
 def test_a_bad_gradient_stops_every_rank_and_names_tensor_and_rank(found, name):
     for bad, good in on_each_rank(found, name):
         assert f"rank 1: gradient of {NAME}" in bad["raised"] and "rank 0" not in bad["raised"]
-        assert "update 1: the gradient norm is nan" in bad["raised"] and "the weights were not changed" in bad["raised"]
+        assert ("and 1 more" in bad["raised"]) == ("pp2" not in name)  # the last of the two, where backward begins
+        assert (
+            "update 1: the gradient is not finite (norm nan; rank" in bad["raised"]
+            and "the weights were not changed" in bad["raised"]
+        )
         assert bad["untouched"] and bad["same_rate"] and bad["num_updates"] == 0
         assert not good["untouched"] and math.isfinite(good["grad_norm"]) and good["num_updates"] == 1
 
@@ -128,6 +134,13 @@ def test_a_bad_gradient_stops_every_rank_and_names_tensor_and_rank(found, name):
 def test_an_infinite_gradient_is_seen_too(found):
     ((bad,),) = on_each_rank(found, "infinite gradient")
     assert f"rank 0: gradient of {NAME}" in bad["raised"] and bad["untouched"]
+
+
+def test_a_bad_gradient_that_the_norm_does_not_count_is_seen(found):
+    """Megatron's norm takes a replicated tensor from the first tensor-parallel rank alone."""
+    for (bad,) in on_each_rank(found, "replicated"):
+        assert "(norm nan" not in bad["raised"] and "rank 1: gradient of decoder.final_layernorm.weight)" in bad["raised"]
+        assert bad["untouched"]
 
 
 def test_a_bad_loss_names_what_in_the_batch_and_where(found):
