@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -110,26 +111,35 @@ def test_bf16_is_as_near_as_bf16_logits_are():
         assert float((ours.float() - theirs).norm() / theirs.norm()) < 0.01
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements any operation returned."""
+class _Blocks(TorchDispatchMode):
+    """The most tensors of `numel` elements or more that were alive at once, of those that operations returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel = 0
+        self.numel, self.most, self._returned = numel, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.numel = max(
-            [self.numel, *(x.numel() for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor))]
-        )
+        tensors = (x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+        self._returned = [ref for ref in self._returned if ref() is not None]
+        self._returned += [weakref.ref(x) for x in tensors if x.numel() >= self.numel]
+        alive = [ref() for ref in self._returned]
+        self.most = max(self.most, len({x.untyped_storage().data_ptr() for x in alive}))
         return result
 
 
-def test_never_more_logits_than_a_block():
+def test_few_blocks_of_logits_are_alive_at_once():
     hidden, weight, labels, arriving = make(64, vocab=500)
-    with _Largest() as largest:
-        found(hidden, weight, labels, arriving, vocab_size=500, block_bytes=16_000)  # 8 tokens x 500, 64 tokens x 62
-    assert largest.numel == 4000  # of 32,000
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    forward, backward, too_large = _Blocks(3900), _Blocks(3900), _Blocks(4001)
+    with too_large:
+        with forward:
+            logprobs, _ = logprobs_from_hidden(
+                *leaves, labels, vocab_size=500, block_bytes=16_000
+            )  # 8 tokens x 500, 62 x 64 tokens
+        with backward:
+            torch.autograd.grad((logprobs * arriving).sum(), leaves)
+    assert (forward.most, backward.most, too_large.most) == (2, 1, 0)  # all logits are 32,000
 
 
 def sharded(edge: int) -> list[list]:
