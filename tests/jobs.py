@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -76,7 +77,10 @@ def make_samples(num: int = 12, *, seed: int = 0, vocab: int = 100, longest: int
 @contextlib.contextmanager
 def open_policy(layout: str, model: str, store: str, overrides: Sequence[str] = ()) -> Iterator[Any]:
     """A Policy on the first ranks of this launch, or None on a rank the layout does not use. `store`: a file, new each time."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
     from megatron_dapo.config import RunConfig
+    from megatron_dapo.policy import model as model_file
     from megatron_dapo.policy import parallel
     from megatron_dapo.policy.step import Policy
 
@@ -86,6 +90,8 @@ def open_policy(layout: str, model: str, store: str, overrides: Sequence[str] = 
     if rank >= world:
         yield None
         return
+    # small gradient buckets, so that overlapped communication really comes in parts
+    model_file.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=20_000)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         yield Policy(RunConfig.load(None, [f"model.path={model}", *COMMON, *sizes, *overrides]), on_cpu=True)

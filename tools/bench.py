@@ -3,6 +3,7 @@
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
     python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128]
+    python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32 prompts x 8 samples of
 20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps after the first two.
@@ -10,6 +11,10 @@
 `packing`: plans one optimizer update on samples of the given lengths (a JSON list, tokens) with the cost of Qwen2.5-32B.
 imbalance: cost of the costliest rank over the mean one; fill: tokens over the budgets of all micro-batches; lower_bound: micro-batches
 if the budgets of every rank could be filled to the last token, which few lengths allow; seconds: planning only.
+`logprob`: forward and backward of algo/logprobs.py beside `log_softmax` of all the logits, in fp32 on the CPU. Peak bytes are resident
+memory over what there was before, in forward or backward, without the inputs' gradients, which the caller keeps. `max_grad_error`
+is the largest difference of a gradient's elements over the largest element. The plain version needs 2.5 times
+`tokens x vocab x 4` bytes. Medians over the repeats.
 """
 
 from __future__ import annotations
@@ -22,9 +27,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_dapo.algo.logprobs import logprobs_from_hidden
 from megatron_dapo.algo.packing import Cost, plan
 from megatron_dapo.config import RunConfig
 from megatron_dapo.train import launch
@@ -104,8 +113,6 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
 
 def make_model(folder: Path) -> None:
     """The model of examples/make_tiny_base.py with random weights, and no end of sequence: every response has its full length."""
-    import torch
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import make_tiny_base  # pyright: ignore[reportMissingImports]
 
@@ -115,6 +122,56 @@ def make_model(folder: Path) -> None:
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def logprob(options: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    hidden_RH = torch.randn(options.tokens, options.hidden, requires_grad=True)
+    weight_VH = torch.randn(options.vocab, options.hidden).mul_(options.hidden**-0.5).requires_grad_()
+    labels_R, arriving_R = torch.randint(options.vocab, (options.tokens,)), torch.randn(options.tokens)
+
+    def plain(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (hidden @ weight.T).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+    def ours(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return logprobs_from_hidden(hidden, weight, labels, vocab_size=options.vocab)[0]
+
+    def measure(function: Callable[..., torch.Tensor]) -> tuple[float, int, tuple[torch.Tensor, ...]]:
+        """Seconds, peak bytes, the two gradients."""
+        few = [x.detach()[:4].requires_grad_() for x in (hidden_RH, weight_VH)]
+        function(*few, labels_R[:4] % 4).sum().backward()  # libraries start up
+        before, start = _reset_peak(), time.perf_counter()
+        logprobs_R = function(hidden_RH, weight_VH, labels_R)
+        peak, middle = _memory("VmHWM"), time.perf_counter()
+        _reset_peak()
+        between = time.perf_counter()
+        gradients = torch.autograd.grad((logprobs_R * arriving_R).sum(), (hidden_RH, weight_VH))
+        seconds = time.perf_counter() - between + middle - start
+        return seconds, max(peak, _memory("VmHWM") - sum(g.nbytes for g in gradients)) - before, gradients
+
+    found: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        seconds, peak, gradients = measure(ours)
+        plain_seconds, plain_peak, plain_gradients = measure(plain)
+        pairs = zip(gradients, plain_gradients, strict=True)
+        error = max(float((g - p).abs().max() / p.abs().max()) for g, p in pairs)
+        now = {"peak_extra_bytes": peak, "plain_peak_extra_bytes": plain_peak, "seconds": seconds, "plain_seconds": plain_seconds}
+        for key, value in {**now, "max_grad_error": error}.items():
+            found.setdefault(key, []).append(value)
+        del gradients, plain_gradients, pairs
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def _memory(key: str) -> int:
+    """Bytes of `key` in Linux's /proc/self/status: VmRSS (resident now) or VmHWM (the most since the last reset)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def _reset_peak() -> int:
+    """VmHWM starts again from VmRSS, which is returned."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
 
 
 def main() -> None:
@@ -129,6 +186,10 @@ def main() -> None:
     planning.add_argument("--budget", type=int, default=22528, help="tokens of one micro-batch (batch.max_tokens)")
     planning.add_argument("--ranks", type=int, default=128, help="data-parallel ranks")
     planning.set_defaults(run=packing)
+    part = commands.add_parser("logprob", help="log-probabilities from hidden states")
+    for name, default in (("tokens", 4096), ("vocab", 151936), ("hidden", 1024), ("repeats", 3)):
+        part.add_argument(f"--{name}", type=int, default=default)
+    part.set_defaults(run=logprob)
     options = parser.parse_args()
     print(json.dumps(options.run(options)))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_dapo.algo.loss import vocab_parallel_logprobs
+from megatron_dapo.algo.logprobs import logprobs_from_hidden
 from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.policy.parallel import Place
 from megatron_dapo.types import Batch
@@ -107,17 +107,23 @@ def packed_params(micro: MicroBatch, place: Place) -> PackedSeqParams:
 
 
 def run_model(chunk: Any, micro: MicroBatch, place: Place) -> torch.Tensor:
-    """Logits [1, T, V / tp] on the last pipeline stage, hidden states before it."""
+    """Hidden states: [T, 1, H] after the final norm on the last pipeline stage (model.HeadlessGPT), [T / sp, 1, H] before it."""
     return chunk(micro.tokens_1T, micro.positions_1T, None, packed_seq_params=packed_params(micro, place))
 
 
 def response_logprobs(
-    logits: torch.Tensor, micro: MicroBatch, place: Place, *, vocab_size: int, temperature: float
+    hidden_T1H: torch.Tensor, weight_VH: torch.Tensor, micro: MicroBatch, place: Place, *, vocab_size: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy [R] of the trained tokens, at the sampling temperature, without the padded vocabulary."""
-    width = logits.shape[-1]
-    first = width * place.tp_rank
-    logits_RV = logits[0, micro.rows_R, : max(0, min(width, vocab_size - first))]
-    if temperature != 1.0:
-        logits_RV = logits_RV / temperature
-    return vocab_parallel_logprobs(logits_RV, micro.labels_R, first=first, group=place.tp_group)
+    """Log-probability and entropy [R] of the trained tokens, at the sampling temperature, without the padded vocabulary.
+
+    `weight_VH` is this rank's shard of the output layer.
+    """
+    return logprobs_from_hidden(
+        hidden_T1H[micro.rows_R, 0],
+        weight_VH,
+        micro.labels_R,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        first=len(weight_VH) * place.tp_rank,
+        group=place.tp_group,
+    )

@@ -11,6 +11,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
@@ -22,6 +23,27 @@ from megatron_dapo.config import PolicyConfig
 from megatron_dapo.layout import Layout
 from megatron_dapo.policy import cpu
 from megatron_dapo.policy.parallel import Place
+
+
+class HeadlessGPT(GPTModel):
+    """GPTModel that stops before its output layer: `algo/logprobs.py` multiplies by that, without making all the logits.
+
+    The last stage returns hidden states [T, 1, H] of all tokens, entering the tensor-parallel region as they do in Megatron's
+    ColumnParallelLinear: in backward each rank's share of their gradient is summed (and scattered, with sequence parallelism).
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, **unused: Any) -> torch.Tensor:
+        if not self.post_process:
+            return hidden_states
+        for (
+            wait
+        ) in self.output_layer._forward_pre_hooks.values():  # for its weights, which policy.overlap_param_gather has on the way
+            wait(self.output_layer, ())
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
+            )
+        return copy_to_tensor_model_parallel_region(hidden_states, group=self.pg_collection.tp)
 
 
 def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dtype: str, on_cpu: bool) -> TransformerConfig:
@@ -112,9 +134,9 @@ def build(
     return chunks
 
 
-def _gpt_model(model: HFModel, place: Place, config: TransformerConfig, spec: Any, number: int) -> GPTModel:
+def _gpt_model(model: HFModel, place: Place, config: TransformerConfig, spec: Any, number: int) -> HeadlessGPT:
     layout = place.layout
-    return GPTModel(
+    return HeadlessGPT(
         config,
         spec,
         vocab_size=padded_vocab(model.vocab_size, layout.tp),
@@ -130,12 +152,24 @@ def _gpt_model(model: HFModel, place: Place, config: TransformerConfig, spec: An
     )
 
 
+def unwrapped(chunk: torch.nn.Module) -> Any:
+    """The HeadlessGPT inside Megatron's wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk
+
+
+def output_weight(chunk: torch.nn.Module) -> torch.Tensor:
+    """This rank's shard [V, H] of the output layer, on the last pipeline stage; the embedding's if they are tied and both here."""
+    gpt = unwrapped(chunk)
+    tied = gpt.share_embeddings_and_output_weights
+    return gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
+
+
 def named_shards(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """This rank's parameters by Megatron name, with global layer numbers whatever the pipeline stage."""
     for chunk in chunks:
-        gpt: Any = chunk
-        while hasattr(gpt, "module"):
-            gpt = gpt.module
+        gpt = unwrapped(chunk)
         number = {str(k): str(layer.layer_number - 1) for k, layer in enumerate(gpt.decoder.layers)}
         for name, parameter in gpt.named_parameters():
             yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda m, number=number: number[m.group()], name), parameter

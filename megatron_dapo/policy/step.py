@@ -69,8 +69,8 @@ class Policy:
         """
         flat_T = torch.zeros(batch.tokens_T.numel())
 
-        def collect(logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            logprobs_R, _ = self._response_logprobs(logits, micro)
+        def collect(hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            logprobs_R, _ = self._response_logprobs(hidden, micro)
             if self.place.tp_rank == 0:
                 flat_T[micro.flat_R] = logprobs_R.cpu()
             return logprobs_R.sum(), torch.zeros((), dtype=torch.int, device=self.device), {}
@@ -90,8 +90,8 @@ class Policy:
         """
         mini, objective = batch.mini_batches[k], self.config.objective
 
-        def loss(logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            logprobs_R, entropy_R = self._response_logprobs(logits, micro)
+        def loss(hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            logprobs_R, entropy_R = self._response_logprobs(hidden, micro)
             old_R = logprobs_R.detach() if old_logprobs_T is None else old_logprobs_T[micro.flat_R].to(self.device)
             weights_R = importance_weights(
                 old_R,
@@ -164,9 +164,9 @@ class Policy:
             warnings=(warning,),
         )
 
-    def _response_logprobs(self, logits: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        temperature = self.config.rollout.temperature
-        return response_logprobs(logits, micro, self.place, vocab_size=self.hf.vocab_size, temperature=temperature)
+    def _response_logprobs(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, temperature = model_file.output_weight(self.chunks[-1]), self.config.rollout.temperature
+        return response_logprobs(hidden, weight, micro, self.place, vocab_size=self.hf.vocab_size, temperature=temperature)
 
     def _micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:
         starts = [0, *itertools.accumulate(batch.lengths)]
@@ -180,7 +180,7 @@ class Policy:
     def _schedule(self, batch: Batch, k: int, loss: Callable[..., Any], *, forward_only: bool) -> list[dict]:
         def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
             micro = next(iterator)
-            return run_model(chunk, micro, self.place), lambda logits: loss(logits, micro)
+            return run_model(chunk, micro, self.place), lambda hidden: loss(hidden, micro)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,

@@ -1,4 +1,4 @@
-"""The loss against a float64 loop written from the paper; sharded log-probabilities against torch's log_softmax."""
+"""The loss against a float64 loop written from the paper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dapo.algo.loss import LossSums, dapo_loss, vocab_parallel_logprobs
+from megatron_dapo.algo.loss import LossSums, dapo_loss
 
 PAPER = dict(eps_low=0.2, eps_high=0.28, dual_clip=10.0)
 
@@ -101,71 +101,3 @@ def test_no_token_is_a_loss_of_zero():
     sums = dapo_loss(leaf, torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([False]), **PAPER)
     sums.loss.backward()
     assert (float(sums.loss.detach()), int(sums.num_tokens), leaf.grad.tolist()) == (0.0, 0, [0.0])
-
-
-# --- log-probabilities ------------------------------------------------------------------------------------------------
-
-
-def reference(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logs = logits.double().log_softmax(-1)
-    return logs.gather(1, labels[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
-
-
-def make_logits(scale: float = 5.0, rows: int = 6, vocab: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(3)
-    logits = torch.randn(rows, vocab, generator=draw) * scale
-    return logits, torch.randint(vocab, (rows,), generator=draw), torch.randn(rows, generator=draw)
-
-
-@pytest.mark.parametrize("scale", [0.0, 5.0, 100.0])
-def test_logprobs_and_entropy_equal_log_softmax(scale):
-    logits, labels, weights = make_logits(scale)
-    leaf, other = logits.clone().requires_grad_(), logits.clone().double().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(leaf, labels)
-    (logprobs * weights).sum().backward()
-    expected, expected_entropy = reference(other, labels)
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(logprobs.detach(), expected.detach().float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy, expected_entropy.detach().float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(leaf.grad, other.grad.float(), rtol=1e-5, atol=1e-6)
-    assert not entropy.requires_grad
-
-
-def test_the_gradient_is_the_finite_difference():
-    logits, labels, _ = make_logits(1.0, rows=3, vocab=5)
-    inputs = (logits.requires_grad_(),)
-    assert torch.autograd.gradcheck(lambda x: vocab_parallel_logprobs(x, labels)[0], inputs, eps=1e-2, atol=1e-3, rtol=1e-3)
-
-
-def test_huge_logits_do_not_overflow():
-    logprobs, entropy = vocab_parallel_logprobs(torch.tensor([[3e4, 0.0, -3e4]]), torch.tensor([0]))
-    assert (logprobs.tolist(), entropy.tolist()) == ([0.0], [0.0])
-
-
-def sharded(edge: int) -> list[list]:
-    """On each of two ranks: what it finds with columns before or after `edge`."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    logits, labels, weights = make_logits()
-    first, last = ((0, edge), (edge, 10))[dist.get_rank()]
-    leaf = logits[:, first:last].clone().requires_grad_()
-    logprobs, entropy = vocab_parallel_logprobs(leaf, labels, first=first, group=dist.group.WORLD)
-    (logprobs * weights).sum().backward()
-    return [logprobs.tolist(), entropy.tolist(), leaf.grad.tolist()]
-
-
-def test_two_shards_equal_the_whole():
-    from ranks import run_ranks
-
-    logits, labels, weights = make_logits()
-    whole = logits.double().requires_grad_()
-    logprobs, entropy = reference(whole, labels)
-    (logprobs * weights).sum().backward()
-    assert 0 < sum(labels < 4) < 6  # labels on both sides
-    found = [[torch.tensor(x) for x in rank] for rank in run_ranks("algo.test_loss:sharded", 2, edge=4)]
-    for rank, columns in enumerate((slice(0, 4), slice(4, 10))):
-        torch.testing.assert_close(found[rank][0], logprobs.detach().float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[rank][1], entropy.detach().float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[rank][2], whole.grad[:, columns].float(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(found[0][0], found[1][0])

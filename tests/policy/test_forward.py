@@ -88,10 +88,11 @@ def test_an_empty_micro_batch_is_padding_alone(align):
 
 def test_logprobs_at_a_temperature_without_the_padded_vocabulary():
     found = micro((1,))
-    logits = torch.zeros(1, 4, 26)
-    logits[0, :, 22], logits[0, :, 24:] = 2.0, 50.0  # 24 and 25 are padding
+    hidden = torch.tensor([9.0, 2.0, 2.0, 9.0])[:, None, None]  # rows 1 and 2 predict; the logits are hidden x weight
+    weight = torch.zeros(26, 1)
+    weight[22], weight[24:] = 1.0, 25.0  # 24 and 25 are padding
     place = SimpleNamespace(tp_rank=0, tp_group=None)
-    logprobs, entropy = response_logprobs(logits, found, place, vocab_size=24, temperature=0.5)
+    logprobs, entropy = response_logprobs(hidden, weight, found, place, vocab_size=24, temperature=0.5)
     exp4 = torch.tensor(4.0, dtype=torch.float64).exp()
     log_z = (exp4 + 23).log()
     assert logprobs.tolist() == pytest.approx([float(4 - log_z), float(-log_z)], rel=1e-6)

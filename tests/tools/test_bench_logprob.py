@@ -1,0 +1,25 @@
+"""`tools/bench.py logprob` at a small size: what it prints, and that it sees the logits of all tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
+MIB = 1 << 20
+
+
+def test_memory_and_gradients():
+    sizes = ["--tokens", "2048", "--vocab", "30000", "--hidden", "8", "--repeats", "1"]  # logits of 234 MiB
+    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    done = subprocess.run([sys.executable, str(TOOL), "logprob", *sizes], capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"peak_extra_bytes", "plain_peak_extra_bytes", "seconds", "plain_seconds", "max_grad_error"}
+    assert 2 * 234 * MIB < found["plain_peak_extra_bytes"] < 3.5 * 234 * MIB
+    assert 2 * 60 * MIB < found["peak_extra_bytes"] < 2.5 * 64 * MIB  # two blocks
+    assert 0 < found["max_grad_error"] < 1e-5
+    assert found["seconds"] > 0 and found["plain_seconds"] > 0
