@@ -3,6 +3,7 @@
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
     python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128]
+    python tools/bench.py train-step --model FOLDER --lengths lengths.json [--tokens 16384] [--budget 4096] [section.key=value ...]
     python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32 prompts x 8 samples of
@@ -15,14 +16,21 @@ if the budgets of every rank could be filled to the last token, which few length
 memory over what there was before, in forward or backward, without the inputs' gradients, which the caller keeps. `max_grad_error`
 is the largest difference of a gradient's elements over the largest element. The plain version needs 2.5 times
 `tokens x vocab x 4` bytes. Medians over the repeats.
+
+`train-step`: optimizer updates of one rank on the CPU in fp32, on samples of the given lengths (a JSON list, tokens): packed end to
+end, and, for comparison in the same run, padded to the longest of each micro-batch. Tokens a second count real tokens. gemm_share:
+matrix products in the CPU time of a packed update; gemm_of_ceiling: their operations a second over the whole update, against a large
+product on the same machine; peak_extra_bytes: resident memory of an update over what there was before. Medians over the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -34,9 +42,10 @@ from typing import Any
 import torch
 
 from megatron_dapo.algo.logprobs import logprobs_from_hidden
-from megatron_dapo.algo.packing import Cost, plan
+from megatron_dapo.algo.packing import Cost, pack, plan
 from megatron_dapo.config import RunConfig
 from megatron_dapo.train import launch
+from megatron_dapo.types import Batch, Sample
 
 QWEN32B = Cost.of_model(  # Qwen2.5-32B
     num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, head_dim=128, ffn_size=27648, vocab_size=152064
@@ -162,6 +171,99 @@ def logprob(options: argparse.Namespace) -> dict[str, Any]:
     return {key: statistics.median(values) for key, values in found.items()}
 
 
+def train_step(options: argparse.Namespace) -> dict[str, Any]:
+    lengths: list[int] = []
+    for length in json.loads(options.lengths.read_text()):
+        if sum(lengths) + length > options.tokens:
+            break
+        lengths.append(length)
+    config = RunConfig.load(
+        None,
+        [f"model.path={options.model}", "model.dtype=fp32", "run.device=cpu", f"batch.max_tokens={options.budget}"]
+        + ["data.max_prompt_tokens=1", "rollout.max_tokens=1", *options.overrides],
+    )
+    policy, chance = _one_rank_policy(config), random.Random(0)
+    packed = pack([_sample(length, length, chance) for length in lengths], dp=1, num_updates=1, max_tokens=options.budget)
+    padded = _padded_batch(lengths, options.budget, chance)
+    seconds: dict[str, list[float]] = {"packed": [], "padded": []}
+    for repeat in range(options.repeats + 1):
+        for name, batch in (("packed", packed), ("padded", padded)):
+            began = time.perf_counter()
+            policy.update(batch, 0)
+            if repeat > 0:  # the first one warms up
+                seconds[name].append(time.perf_counter() - began)
+    before = _reset_peak()
+    policy.update(packed, 0)
+    peak = _memory("VmHWM") - before
+    with torch.profiler.profile(with_flops=True) as profile:
+        policy.update(packed, 0)
+    events = profile.key_averages()
+    products = [event for event in events if event.key in ("aten::mm", "aten::addmm", "aten::bmm")]
+    spent = statistics.median(seconds["packed"])
+    ceiling = _product_ceiling()
+    return {
+        "tokens_per_second": round(sum(lengths) / spent, 1),
+        "padded_tokens_per_second": round(sum(lengths) / statistics.median(seconds["padded"]), 1),
+        "packed_over_padded": round(statistics.median(seconds["padded"]) / spent, 3),
+        "gemm_share": round(sum(e.self_cpu_time_total for e in products) / sum(e.self_cpu_time_total for e in events), 3),
+        "gemm_of_ceiling": round(sum(e.flops for e in products) / spent / ceiling, 3),
+        "ceiling_gflops": round(ceiling / 1e9, 1),
+        "padding_share": 0.0,  # sequences end to end; context and sequence parallelism would pad to their multiples
+        "padded_padding_share": round(1 - sum(lengths) / sum(padded.lengths), 3),
+        "peak_extra_bytes": peak,
+        "samples": len(lengths),
+        "micro_batches": len(packed.mini_batches[0].micro_batches[0]),
+    }
+
+
+def _one_rank_policy(config: RunConfig) -> Any:
+    import torch.distributed as dist
+
+    from megatron_dapo.policy.step import Policy
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return Policy(config, on_cpu=True)
+
+
+def _sample(length: int, padded: int, chance: random.Random) -> Sample:
+    """A quarter prompt, the rest response, then untrained padding."""
+    prompt = max(1, length // 4)
+    return Sample(
+        tokens=tuple(chance.randrange(3, 90) for _ in range(padded)),
+        response_mask=(False,) * prompt + (True,) * (length - prompt) + (False,) * (padded - length),
+        rollout_logprobs=(0.0,) * padded,
+        advantage=chance.gauss(0.0, 1.0),
+        weight_version=0,
+        prompt_position=0,
+    )
+
+
+def _padded_batch(lengths: list[int], budget: int, chance: random.Random) -> Batch:
+    """Micro-batches without packing: samples in their order, each padded to the longest of its micro-batch, within the budget."""
+    micro_batches: list[list[int]] = [[]]
+    for index in range(len(lengths)):
+        members = [*micro_batches[-1], index]
+        if micro_batches[-1] and len(members) * max(lengths[i] for i in members) > budget:
+            micro_batches.append([])
+        micro_batches[-1].append(index)
+    longest = {i: max(lengths[j] for j in micro) for micro in micro_batches for i in micro}
+    samples = [_sample(length, longest[i], chance) for i, length in enumerate(lengths)]
+    batch = pack(samples, dp=1, num_updates=1, max_tokens=max(budget, *longest.values()))
+    mini = dataclasses.replace(batch.mini_batches[0], micro_batches=(tuple(tuple(micro) for micro in micro_batches),))
+    return dataclasses.replace(batch, mini_batches=(mini,))
+
+
+def _product_ceiling(size: int = 2048) -> float:
+    """Floating-point operations a second of a large fp32 matrix product here, the best of five."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / min(times[1:])
+
+
 def _memory(key: str) -> int:
     """Bytes of `key` in Linux's /proc/self/status: VmRSS (resident now) or VmHWM (the most since the last reset)."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -190,6 +292,14 @@ def main() -> None:
     for name, default in (("tokens", 4096), ("vocab", 151936), ("hidden", 1024), ("repeats", 3)):
         part.add_argument(f"--{name}", type=int, default=default)
     part.set_defaults(run=logprob)
+    update = commands.add_parser("train-step", help="one optimizer update on one rank, packed and padded")
+    update.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face checkpoint")
+    update.add_argument("--lengths", type=Path, required=True, help="JSON list of sample lengths, tokens")
+    update.add_argument("--tokens", type=int, default=16384, help="take lengths from the list up to this sum")
+    update.add_argument("--budget", type=int, default=4096, help="tokens of one micro-batch (batch.max_tokens)")
+    update.add_argument("--repeats", type=int, default=3)
+    update.add_argument("overrides", nargs="*", metavar="section.key=value")
+    update.set_defaults(run=train_step)
     options = parser.parse_args()
     print(json.dumps(options.run(options)))
 
