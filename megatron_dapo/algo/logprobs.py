@@ -1,12 +1,12 @@
 """Log-probabilities and entropy from hidden states: the output layer and the softmax in one, without the logits of all tokens.
 
-Logits take `tokens x vocabulary x 4` bytes (2.5 GB for 4096 x 151,936); here only one block of them exists at a time. Forward
-goes over the tokens and keeps the log of the softmax's denominator per token. Backward computes the logits again, and goes over
-the vocabulary instead: with the denominators known a block of columns needs no other column, and each row of the weight's
-gradient is then one matrix product, written once. Summing it up over blocks of tokens would read and write all of it for every
-block, and round each time in bf16.
+Logits take `tokens x vocabulary x 4` bytes (2.5 GB for 4096 x 151,936); here only a block of vocabulary rows has them at a time.
+Forward keeps a running maximum and sum per token, as online softmax does, and in the end the log of the denominator. Backward
+computes the logits again: with the denominators known a block needs no other block, and each row of the weight's gradient is one
+matrix product, written once. (Blocks of tokens would sum it up: read and written whole for every block, and rounded each time in
+bf16.)
 
-Legend: R tokens, H hidden size, V vocabulary rows of this tensor-parallel rank, C tokens or B vocabulary rows of one block.
+Legend: R tokens, H hidden size, V vocabulary rows of this tensor-parallel rank, B vocabulary rows of one block.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ class _Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RH, weight_VH, labels_R, width, temperature, group, block_bytes):
         """`labels_R` and `width` (vocabulary rows before the padding) count from this rank's first row."""
-        hidden_RH, rows_VH = hidden_RH.to(weight_VH.dtype), weight_VH[:width]
-        found_3R = torch.empty(3, len(labels_R), device=hidden_RH.device)
-        num_tokens = max(1, block_bytes // (4 * len(weight_VH)))  # from the padded width: the same on every rank
-        for start in range(0, len(labels_R), num_tokens):
-            block = slice(start, start + num_tokens)
-            found_3R[:, block] = _statistics(_logits(hidden_RH[block], rows_VH, temperature), labels_R[block], group)
-        logprobs_R, entropy_R, log_z_R = found_3R.unbind()
+        hidden_RH, width = hidden_RH.to(weight_VH.dtype), max(0, min(width, len(weight_VH)))
+        num_rows = max(1, block_bytes // (4 * max(1, len(labels_R))))
+        softmax = _OnlineSoftmax(labels_R)
+        for start in range(0, width, num_rows):
+            block = slice(start, min(start + num_rows, width))
+            softmax.add(_logits(hidden_RH, weight_VH[block], temperature), start)
+        logprobs_R, entropy_R, log_z_R = softmax.finish(group)
         ctx.save_for_backward(hidden_RH, weight_VH, labels_R, log_z_R)
-        ctx.width, ctx.temperature, ctx.block_bytes = len(rows_VH), temperature, block_bytes
+        ctx.width, ctx.temperature, ctx.num_rows = width, temperature, num_rows
         ctx.mark_non_differentiable(entropy_R)
         return logprobs_R, entropy_R
 
@@ -65,9 +65,8 @@ class _Logprobs(torch.autograd.Function):
         grad_hidden_RH = torch.zeros(hidden_RH.shape, device=hidden_RH.device)
         grad_weight_VH = torch.empty_like(weight_VH)
         grad_weight_VH[ctx.width :] = 0
-        num_rows = max(1, ctx.block_bytes // (4 * max(1, len(labels_R))))
-        for start in range(0, ctx.width, num_rows):
-            block = slice(start, min(start + num_rows, ctx.width))
+        for start in range(0, ctx.width, ctx.num_rows):
+            block = slice(start, min(start + ctx.num_rows, ctx.width))
             logits_RB = _logits(hidden_RH, weight_VH[block], ctx.temperature)
             slope_RB = _minus_onehot(logits_RB.sub_(log_z_R[:, None]).exp_(), labels_R - start).to(weight_VH.dtype)
             torch.mm(slope_RB.T, scaled_RH, out=grad_weight_VH[block])
@@ -81,21 +80,45 @@ def _logits(hidden_CH: torch.Tensor, weight_BH: torch.Tensor, temperature: float
     return logits_CB if temperature == 1.0 else logits_CB.div_(temperature)
 
 
-def _statistics(logits_CV: torch.Tensor, labels_C: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[3, C]: log-probability of the label, entropy, log of the denominator. Overwrites the logits."""
-    peak_C = logits_CV.amax(dim=-1)
-    _reduce(peak_C, group, dist.ReduceOp.MAX)
-    shifted_CV = logits_CV.sub_(peak_C[:, None])
-    exp_CV = shifted_CV.exp()
-    sum_exp_C = exp_CV.sum(dim=-1)
-    exp_CV *= shifted_CV
-    index_C, here_C = _local(labels_C, logits_CV.shape[1])
-    label_C = shifted_CV.gather(1, index_C[:, None]).squeeze(1) * here_C
-    totals = torch.stack([sum_exp_C, exp_CV.sum(dim=-1), label_C])
-    _reduce(totals, group, dist.ReduceOp.SUM)
-    sum_exp_C, sum_exp_logit_C, label_C = totals
-    log_sum_C = sum_exp_C.log()
-    return torch.stack([label_C - log_sum_C, log_sum_C - sum_exp_logit_C / sum_exp_C, peak_C + log_sum_C])
+class _OnlineSoftmax:
+    """Maximum of the logits so far, and relative to it the sums of exp(logit) and exp(logit) * logit; the label's logit. All [R]."""
+
+    def __init__(self, labels_R: torch.Tensor) -> None:
+        self.labels_R = labels_R
+        shape, device = labels_R.shape, labels_R.device
+        self.peak_R = torch.full(shape, -1e30, device=device)  # finite: nothing times minus infinity is no number
+        self.sum_R, self.weighted_R, self.label_R = (torch.zeros(shape, device=device) for _ in range(3))
+        self._exp = torch.empty(0, device=device)
+
+    def add(self, logits_RB: torch.Tensor, start: int) -> None:
+        """The logits of vocabulary rows `start` and on, which are overwritten."""
+        index_R, here_R = _local(self.labels_R - start, logits_RB.shape[1])
+        self.label_R += logits_RB.gather(1, index_R[:, None]).squeeze(1) * here_R
+        self._rescale(torch.maximum(self.peak_R, logits_RB.amax(dim=-1)))
+        logits_RB -= self.peak_R[:, None]
+        if self._exp.numel() < logits_RB.numel():
+            self._exp = torch.empty_like(logits_RB)
+        exp_RB = torch.exp(logits_RB, out=self._exp.view(-1)[: logits_RB.numel()].view(logits_RB.shape))
+        self.sum_R += exp_RB.sum(dim=-1)
+        self.weighted_R += exp_RB.mul_(logits_RB).sum(dim=-1)
+
+    def finish(self, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probability of the label, entropy and log of the denominator, over the ranks of `group`: [R] each."""
+        peak_R = self.peak_R.clone()
+        _reduce(peak_R, group, dist.ReduceOp.MAX)
+        self._rescale(peak_R)
+        totals_3R = torch.stack([self.sum_R, self.weighted_R, self.label_R])
+        _reduce(totals_3R, group, dist.ReduceOp.SUM)
+        sum_R, weighted_R, label_R = totals_3R
+        log_sum_R = sum_R.log()
+        return label_R - peak_R - log_sum_R, log_sum_R - weighted_R / sum_R, peak_R + log_sum_R
+
+    def _rescale(self, peak_R: torch.Tensor) -> None:
+        """Make the sums relative to a higher maximum."""
+        step_R = self.peak_R - peak_R
+        self.weighted_R = (self.weighted_R + step_R * self.sum_R) * step_R.exp()
+        self.sum_R = self.sum_R * step_R.exp()
+        self.peak_R = peak_R
 
 
 def _minus_onehot(probs_RB: torch.Tensor, labels_R: torch.Tensor) -> torch.Tensor:
