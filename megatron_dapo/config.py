@@ -43,7 +43,10 @@ class LayoutConfig(Section):
         description="Model chunks of each pipeline stage (interleaved schedule); needs pipeline_parallel > 1; null: one.",
     )
     context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence.")
-    expert_parallel: PositiveInt = Field(default=1, description="Ranks that split the experts. Only 1 is supported yet.")
+    expert_parallel: PositiveInt = Field(
+        default=1, description="Ranks that split the experts among them; they are ranks of the other dimensions, not more ranks."
+    )
+    expert_tensor_parallel: PositiveInt = Field(default=1, description="Ranks that split every expert's matrices.")
     data_parallel: PositiveInt = Field(
         default=1, description="Replicas that train on different samples; must divide the samples of each update."
     )
@@ -56,6 +59,7 @@ class LayoutConfig(Section):
             vpp=self.virtual_pipeline_parallel,
             cp=self.context_parallel,
             ep=self.expert_parallel,
+            etp=self.expert_tensor_parallel,
             dp=self.data_parallel,
         )
 
@@ -292,11 +296,6 @@ class RunConfig(Section):
     def check(self) -> None:
         """Rules between fields; raises ValueError before any process starts."""
         layout, sampling = self.layout.to_layout(), self.sampling
-        for key, value in (("expert_parallel", layout.ep),):
-            if value > 1:
-                raise ValueError(
-                    f"layout.{key}={value} is not supported yet; set it to 1 and use tensor, pipeline and data parallelism"
-                )
         policy = self.policy
         if policy.overlap_param_gather and not (policy.overlap_grad_reduce and self.optimizer.distributed):
             raise ValueError(

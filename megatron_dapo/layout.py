@@ -25,19 +25,26 @@ class Layout:
     tp: int = 1
     cp: int = 1
     ep: int = 1
+    etp: int = 1
     pp: int = 1
     vpp: int | None = None
     dp: int = 1
     sp: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tp", "cp", "ep", "pp", "dp"):
+        for name in ("tp", "cp", "ep", "etp", "pp", "dp"):
             if (size := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name}={size} must be at least 1")
         if self.vpp is not None and (self.vpp < 2 or self.pp == 1):
             raise ValueError(
                 f"layout.virtual_pipeline_parallel={self.vpp} needs at least 2 chunks and layout.pipeline_parallel > 1, got {self.pp}; "
                 "set it to null for one chunk a stage"
+            )
+        if (self.tp * self.cp * self.dp) % (self.ep * self.etp):
+            raise ValueError(
+                f"layout.expert_parallel={self.ep} x layout.expert_tensor_parallel={self.etp} does not divide the ranks of a pipeline "
+                f"stage, tensor_parallel {self.tp} x context_parallel {self.cp} x data_parallel {self.dp} = {self.tp * self.cp * self.dp}, "
+                "which hold the experts; change one of them"
             )
         if self.sp and self.tp == 1:
             raise ValueError(
@@ -81,17 +88,29 @@ class Layout:
                 f"pipeline_parallel {self.pp} x data_parallel {self.dp} = {self.world_size}; change the layout or the number of processes"
             )
 
-    def check_model(self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int) -> None:
-        """Refuse a model that this layout cannot split evenly."""
-        for name, size in (
-            ("attention heads", num_heads),
-            ("key/value heads", num_kv_heads),
-            ("hidden size", hidden_size),
-            ("MLP size", ffn_size),
+    def check_model(
+        self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int, num_experts: int = 0
+    ) -> None:
+        """Refuse a model that this layout cannot split evenly. `ffn_size` is that of one expert, if there are experts."""
+        if not num_experts and (self.ep > 1 or self.etp > 1):
+            raise ValueError(
+                f"layout.expert_parallel={self.ep} and expert_tensor_parallel={self.etp} need a model with experts; set both to 1"
+            )
+        if num_experts and self.tp > 1 and not self.sp:
+            raise ValueError(
+                f"layout.tensor_parallel={self.tp} of a model with experts needs layout.sequence_parallel=true: each token goes to its "
+                "experts once; set it"
+            )
+        for key, parts, name, size in (
+            ("tensor_parallel", self.tp, "attention heads", num_heads),
+            ("tensor_parallel", self.tp, "key/value heads", num_kv_heads),
+            ("tensor_parallel", self.tp, "hidden size", hidden_size),
+            ("expert_tensor_parallel" if num_experts else "tensor_parallel", self.etp if num_experts else self.tp, "MLP size", ffn_size),
+            ("expert_parallel", self.ep, "experts", num_experts),
         ):
-            if size % self.tp:
+            if size % parts:
                 raise ValueError(
-                    f"layout.tensor_parallel={self.tp} does not divide the model's {size} {name}; "
+                    f"layout.{key}={parts} does not divide the model's {size} {name}; "
                     f"use one of {[d for d in range(1, size + 1) if size % d == 0 and d <= 64]}"
                 )
         if num_layers % self.num_stages:
@@ -102,5 +121,5 @@ class Layout:
 
     def describe(self) -> str:
         parts = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
-        parts += [f"cp{self.cp}"] * (self.cp > 1) + [f"ep{self.ep}"] * (self.ep > 1) + [f"vpp{self.vpp}"] * bool(self.vpp)
+        parts += [f"cp{self.cp}"] * (self.cp > 1) + [f"ep{self.ep}"] * (self.ep > 1) + [f"etp{self.etp}"] * (self.etp > 1) + [f"vpp{self.vpp}"] * bool(self.vpp)
         return " x ".join(parts) + (" + sequence parallel" if self.sp else "")

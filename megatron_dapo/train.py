@@ -63,6 +63,7 @@ def check(config: RunConfig) -> None:
         num_kv_heads=model.num_kv_heads,
         hidden_size=model.hidden_size,
         ffn_size=model.ffn_size,
+        num_experts=model.num_experts,
     )
     per_chunk = model.num_layers // config.layout.to_layout().num_stages
     if config.policy.recompute == "full" and per_chunk % config.policy.recompute_layers:

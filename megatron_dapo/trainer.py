@@ -58,7 +58,7 @@ def make_batch(groups: Sequence[Group], config: RunConfig, model: HFModel) -> Ba
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        ffn_size=model.ffn_size,
+        ffn_size=model.ffn_size * max(1, model.experts_per_token),
         vocab_size=model.vocab_size,
     )
     return pack(

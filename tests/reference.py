@@ -17,7 +17,9 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float64) -> torch.nn.Mod
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # tiny models on shared cores: threads only wait for each other
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 def logprobs(model: torch.nn.Module, sample: Sample) -> torch.Tensor:
@@ -69,7 +71,20 @@ class Trainer:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Of the last update, clipped."""
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+        return by_checkpoint_name({name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None})
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters()}
+        return by_checkpoint_name({name: p.detach() for name, p in self.model.named_parameters()})
+
+
+def by_checkpoint_name(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers stacks a layer's experts in memory; checkpoints hold them one by one."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, stacked, kind = name.partition(".experts.")
+        if not stacked:
+            found[name] = tensor
+        for e, expert in enumerate(tensor if stacked else ()):
+            parts = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if kind == "gate_up_proj" else [(kind, expert)]
+            found |= {f"{layer}.experts.{e}.{part}.weight": matrix for part, matrix in parts}
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,9 +20,10 @@ def make_tiny_model(
     *,
     tied: bool = False,
     layers: int = 2,
-    arch: Literal["qwen2", "llama"] = "qwen2",
+    arch: Literal["qwen2", "qwen3", "qwen3_moe", "llama", "mistral"] = "qwen2",
     seed: int = 0,
     hidden: int = 128,
+    renormalize_experts: bool = True,
     ffn: int = 192,
     heads: int = 4,
     kv_heads: int = 2,
@@ -37,8 +38,14 @@ def make_tiny_model(
 
     folder = Path(folder)
     tokenizer = make_tokenizer()
+    special: dict[str, Any] = {
+        "qwen3": {"head_dim": 32},
+        "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": ffn, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": renormalize_experts},
+        "mistral": {"sliding_window": None, "head_dim": 32},
+    }.get(arch, {})
     config = AutoConfig.for_model(
         arch,
+        **special,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=ffn,

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,28 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-SUPPORTED = {"Qwen2ForCausalLM": True, "LlamaForCausalLM": False}  # architecture -> bias on q, k, v unless the config says so
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What config.json does not say because the model's code does."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    refused: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json, each with the only value that is supported
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(refused={"attention_bias": False, "mlp_bias": False}),
+    "MistralForCausalLM": Architecture(refused={"sliding_window": None}),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, refused={"use_sliding_window": False}),
+    "Qwen3ForCausalLM": Architecture(qk_norm=True, refused={"attention_bias": False, "use_sliding_window": False}),
+    "Qwen3MoeForCausalLM": Architecture(
+        qk_norm=True,
+        experts=True,
+        refused={"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -28,10 +49,14 @@ class HFModel:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    ffn_size: int
+    ffn_size: int  # of one expert, where there are experts
     vocab_size: int
     tied: bool
     qkv_bias: bool
+    qk_norm: bool
+    num_experts: int  # 0: dense, and so the other two
+    experts_per_token: int
+    renormalize_experts: bool  # the chosen experts' probabilities sum to 1
     norm_eps: float
     rope_theta: float
     rope_factor: float | None
@@ -65,16 +90,16 @@ def read_model(folder: Path) -> HFModel:
         raise ValueError(f"model.path={folder} has no tokenizer (tokenizer.json); save one there with tokenizer.save_pretrained")
     config = json.loads(file.read_text())
     architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in SUPPORTED:
+    if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(SUPPORTED))}"
+            f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    if config.get("use_sliding_window"):
-        raise ValueError(f"model.path={folder}: use_sliding_window=true is not supported; set it to false in config.json")
-    if config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"model.path={folder}: only hidden_act=silu without mlp_bias is supported")
-    if architecture == "LlamaForCausalLM" and config.get("attention_bias"):
-        raise ValueError(f"model.path={folder}: attention_bias=true (a bias on o_proj too) is not supported for Llama")
+    kind = ARCHITECTURES[architecture]
+    for key, value in {"hidden_act": "silu", **kind.refused}.items():
+        if config.get(key, value) != value:
+            raise ValueError(
+                f"model.path={folder}: {key}={json.dumps(config[key])} is not supported for {architecture}, only {json.dumps(value)}"
+            )
     heads = config["num_attention_heads"]
     theta, factor = _rope(config, folder)
     generation = folder / "generation_config.json"
@@ -86,10 +111,14 @@ def read_model(folder: Path) -> HFModel:
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        ffn_size=config["intermediate_size"],
+        ffn_size=config["moe_intermediate_size" if kind.experts else "intermediate_size"],
         vocab_size=config["vocab_size"],
         tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=SUPPORTED[architecture],
+        qkv_bias=kind.qkv_bias,
+        qk_norm=kind.qk_norm,
+        num_experts=(config.get("num_experts") or config["num_local_experts"]) if kind.experts else 0,
+        experts_per_token=config["num_experts_per_tok"] if kind.experts else 0,
+        renormalize_experts=kind.experts and config["norm_topk_prob"],
         norm_eps=config["rms_norm_eps"],
         rope_theta=theta,
         rope_factor=factor,

@@ -25,14 +25,15 @@ class Piece:
 def pieces(megatron_name: str, model: HFModel, *, tp: int, tp_rank: int) -> list[Piece]:
     """Where each part of this tensor-parallel rank's shard lies in the checkpoint.
 
-    `megatron_name` carries the global layer number. A vocabulary padded to a multiple of `tp` has no piece for its padding.
+    `megatron_name` carries the global layer and expert numbers; for an expert `tp` is expert_tensor_parallel. A vocabulary padded to a multiple of `tp` has no piece for its padding.
     """
     row = row_of(megatron_name, tied=model.tied)
     if row.split == "qkv":
         return _qkv(row.hf, model, tp, tp_rank)
     (whole,) = row.hf[:1]
     if row.split == "replicated":
-        return [Piece(whole, 0, 0, 0, model.hidden_size)]
+        rows = {"q_norm": model.head_dim, "k_norm": model.head_dim, "gate": model.num_experts}
+        return [Piece(whole, 0, 0, 0, rows.get(whole.split(".")[-2], model.hidden_size))]
     if row.split == "vocab":
         part = padded_vocab(model.vocab_size, tp) // tp
         size = min(part, model.vocab_size - part * tp_rank)

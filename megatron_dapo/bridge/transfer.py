@@ -76,14 +76,15 @@ class WeightBuckets:
         self._plan = plan_buckets(hf_shapes(model), torch_dtype.itemsize, bucket_bytes)
         bucket_of = {entry.name: number for number, bucket in enumerate(self._plan) for entry in bucket}
         self._writes: list[list[tuple[torch.Tensor, Piece]]] = [[] for _ in self._plan]
-        if place.dp_rank == place.cp_rank == 0:
-            for name, parameter in named_shards(chunks):
-                if model.tied and name == "output_layer.weight":
-                    continue  # the last stage's copy of the embedding
-                if row_of(name).split == "replicated" and place.tp_rank > 0:
-                    continue  # one copy is enough
-                for piece in pieces(name, model, tp=place.layout.tp, tp_rank=place.tp_rank):
-                    self._writes[bucket_of[piece.hf]].append((parameter, piece))
+        for name, parameter in named_shards(chunks):
+            row = row_of(name)
+            shards = place.shards(expert=row.expert)
+            if not shards.first_replica or (row.split == "replicated" and shards.rank > 0):
+                continue  # one copy is enough
+            if model.tied and name == "output_layer.weight":
+                continue  # the last stage's copy of the embedding
+            for piece in pieces(name, model, tp=shards.size, tp_rank=shards.rank):
+                self._writes[bucket_of[piece.hf]].append((parameter, piece))
         last = [bucket[-1] for bucket in self._plan]
         size = max(entry.offset + math.prod(entry.shape) * torch_dtype.itemsize for entry in last)
         self._path, self._memory = _shared_memory(size, place)

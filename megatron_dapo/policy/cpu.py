@@ -13,15 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel import random as rng
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
 
+from megatron_dapo.bridge.hf import HFModel
 from megatron_dapo.policy.forward import zigzag
 
 _CPU = torch.device("cpu")
+_gloo_all_to_all_single = dist.all_to_all_single
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -37,6 +41,12 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # gradient clipping asserts torch.cuda.FloatTensor
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
+
+
+def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
+    """Megatron's token dispatcher hands over split sizes as tensors, which gloo does not take."""
+    sizes = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
+    return _gloo_all_to_all_single(output, input, *sizes, **kwargs)
 
 
 class _Event:
@@ -74,6 +84,8 @@ def install() -> None:
     for name in ("activation_recompute_forward", "fp8_autocast"):  # TransformerEngine's, which recomputation of a norm calls
         setattr(rng, name, lambda **kwargs: contextlib.nullcontext())
     rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)  # type: ignore[attr-defined]
+    moe_utils.te_general_gemm = None  # undefined without TransformerEngine
+    dist.all_to_all_single = _all_to_all_single
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -145,12 +157,17 @@ def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(model: HFModel) -> ModuleSpec:
     """Megatron's local transformer layer with the two modules above."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_dapo.bridge.hf import DTYPES, CheckpointReader, HFModel
+from megatron_dapo.bridge.names import EXPERT, row_of
 from megatron_dapo.bridge.plan import padded_vocab, pieces
 from megatron_dapo.config import PolicyConfig
 from megatron_dapo.layout import Layout
@@ -68,6 +69,16 @@ def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dty
         num_query_groups=model.num_kv_heads,
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_size,
+        qk_layernorm=model.qk_norm,
+        num_moe_experts=model.num_experts or None,
+        moe_router_topk=model.experts_per_token or 2,
+        moe_ffn_hidden_size=model.ffn_size if model.num_experts else None,
+        moe_router_pre_softmax=not model.renormalize_experts,  # probabilities of all experts, or of the chosen ones alone
+        moe_router_load_balancing_type="none",  # the objective is DAPO's alone
+        moe_router_dtype="fp32",
+        moe_grouped_gemm=model.num_experts > 0 and not on_cpu,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=True,
@@ -109,11 +120,13 @@ def build(
     config = transformer_config(model, layout, policy, dtype, on_cpu)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        layers = [cpu.layer_spec()] * (model.num_layers // layout.num_stages)
+        layers = [cpu.layer_spec(model)] * (model.num_layers // layout.num_stages)
         spec: Any = TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
     else:
         model_parallel_cuda_manual_seed(seed)
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts or None, moe_grouped_gemm=model.num_experts > 0, qk_layernorm=model.qk_norm
+        )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
@@ -167,12 +180,15 @@ def output_weight(chunk: torch.nn.Module) -> torch.Tensor:
 
 
 def named_shards(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters by Megatron name, with global layer numbers whatever the pipeline stage."""
+    """This rank's parameters by Megatron name, with global layer and expert numbers whatever the pipeline stage and the rank."""
     for chunk in chunks:
         gpt = unwrapped(chunk)
-        number = {str(k): str(layer.layer_number - 1) for k, layer in enumerate(gpt.decoder.layers)}
-        for name, parameter in gpt.named_parameters():
-            yield re.sub(r"(?<=decoder\.layers\.)\d+", lambda m, number=number: number[m.group()], name), parameter
+        yield from ((name, p) for name, p in gpt.named_parameters() if not name.startswith("decoder.layers."))
+        for layer in gpt.decoder.layers:
+            first = getattr(layer.mlp, "local_expert_indices", [0])[0]
+            for name, parameter in layer.named_parameters():
+                name = EXPERT.sub(lambda m, first=first: str(first + int(m.group())), name)
+                yield f"decoder.layers.{layer.layer_number - 1}.{name}", parameter
 
 
 def gather_weights(chunks: Iterable[DistributedDataParallel]) -> None:
@@ -188,7 +204,8 @@ def load_weights(chunks: Iterable[torch.nn.Module], folder: Path, model: HFModel
     """Fill every shard from the checkpoint, reading only the slices this rank holds. Vocabulary padding becomes zero."""
     reader = CheckpointReader(folder)
     for name, parameter in named_shards(chunks):
-        found = pieces(name, model, tp=place.layout.tp, tp_rank=place.tp_rank)
+        shards = place.shards(expert=row_of(name).expert)
+        found = pieces(name, model, tp=shards.size, tp_rank=shards.rank)
         if sum(piece.size for piece in found) < parameter.shape[found[0].dim if found else 0]:
             parameter.zero_()
         for piece in found:

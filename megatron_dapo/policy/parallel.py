@@ -12,6 +12,15 @@ from megatron_dapo.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """How a kind of parameter is split by tensor parallelism: the rank's part of how many, and whether it is the first replica."""
+
+    size: int
+    rank: int
+    first_replica: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """This rank's coordinates and the groups it talks in. `control` is a gloo group of all ranks, on CPU and GPU alike."""
 
@@ -21,6 +30,8 @@ class Place:
     pp_rank: int
     dp_rank: int
     cp_rank: int
+    etp_rank: int
+    expert_dp_rank: int
     tp_group: Any
     dp_group: Any
     cp_group: Any
@@ -33,6 +44,11 @@ class Place:
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.layout.pp - 1
+
+    def shards(self, *, expert: bool) -> Shards:
+        if expert:
+            return Shards(size=self.layout.etp, rank=self.etp_rank, first_replica=self.expert_dp_rank == 0)
+        return Shards(size=self.layout.tp, rank=self.tp_rank, first_replica=self.dp_rank == self.cp_rank == 0)
 
     @property
     def reports_loss(self) -> bool:
@@ -51,6 +67,7 @@ def start(layout: Layout, backend: str) -> Place:
         virtual_pipeline_model_parallel_size=layout.vpp,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=True,
     )
     return Place(
@@ -60,6 +77,8 @@ def start(layout: Layout, backend: str) -> Place:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
