@@ -105,7 +105,12 @@ class Layout:
             ("tensor_parallel", self.tp, "attention heads", num_heads),
             ("tensor_parallel", self.tp, "key/value heads", num_kv_heads),
             ("tensor_parallel", self.tp, "hidden size", hidden_size),
-            ("expert_tensor_parallel" if num_experts else "tensor_parallel", self.etp if num_experts else self.tp, "MLP size", ffn_size),
+            (
+                "expert_tensor_parallel" if num_experts else "tensor_parallel",
+                self.etp if num_experts else self.tp,
+                "MLP size",
+                ffn_size,
+            ),
             ("expert_parallel", self.ep, "experts", num_experts),
         ):
             if size % parts:
@@ -121,5 +126,10 @@ class Layout:
 
     def describe(self) -> str:
         parts = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
-        parts += [f"cp{self.cp}"] * (self.cp > 1) + [f"ep{self.ep}"] * (self.ep > 1) + [f"etp{self.etp}"] * (self.etp > 1) + [f"vpp{self.vpp}"] * bool(self.vpp)
+        parts += (
+            [f"cp{self.cp}"] * (self.cp > 1)
+            + [f"ep{self.ep}"] * (self.ep > 1)
+            + [f"etp{self.etp}"] * (self.etp > 1)
+            + [f"vpp{self.vpp}"] * bool(self.vpp)
+        )
         return " x ".join(parts) + (" + sequence parallel" if self.sp else "")

@@ -34,6 +34,15 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name -> ranks, overrides
         4,
         ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.expert_parallel=2", "layout.data_parallel=2"],
     ),
+    "tp2_sp_ep2_pp2": (
+        4,
+        [
+            "layout.tensor_parallel=2",
+            "layout.sequence_parallel=true",
+            "layout.expert_parallel=2",
+            "layout.pipeline_parallel=2",
+        ],
+    ),
     "pp2_ep2_cp2": (4, ["layout.pipeline_parallel=2", "layout.expert_parallel=2", "layout.context_parallel=2"]),
     "cp2": (2, ["layout.context_parallel=2"]),
     "tp2_sp_pp2_vpp2": (

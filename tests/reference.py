@@ -17,9 +17,7 @@ def load(folder: Path | str, dtype: torch.dtype = torch.float64) -> torch.nn.Mod
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)  # tiny models on shared cores: threads only wait for each other
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
-    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
 
 
 def logprobs(model: torch.nn.Module, sample: Sample) -> torch.Tensor:

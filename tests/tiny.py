@@ -40,7 +40,13 @@ def make_tiny_model(
     tokenizer = make_tokenizer()
     special: dict[str, Any] = {
         "qwen3": {"head_dim": 32},
-        "qwen3_moe": {"head_dim": 32, "moe_intermediate_size": ffn, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": renormalize_experts},
+        "qwen3_moe": {
+            "head_dim": 32,
+            "moe_intermediate_size": ffn,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": renormalize_experts,
+        },
         "mistral": {"sliding_window": None, "head_dim": 32},
     }.get(arch, {})
     config = AutoConfig.for_model(

@@ -44,7 +44,9 @@ ROWS = (
     Row(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
     Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
     Row(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "replicated"),
-    Row(_L + "mlp.experts.local_experts.{e}.linear_fc1.weight", (_E + "gate_proj.weight", _E + "up_proj.weight"), "gate_up", True),
+    Row(
+        _L + "mlp.experts.local_experts.{e}.linear_fc1.weight", (_E + "gate_proj.weight", _E + "up_proj.weight"), "gate_up", True
+    ),
     Row(_L + "mlp.experts.local_experts.{e}.linear_fc2.weight", (_E + "down_proj.weight",), "row", True),
     Row(_L + "mlp.experts.linear_fc1.weight{e}", (_E + "gate_proj.weight", _E + "up_proj.weight"), "gate_up", True),
     Row(_L + "mlp.experts.linear_fc2.weight{e}", (_E + "down_proj.weight",), "row", True),

@@ -161,9 +161,7 @@ def layer_spec(model: HFModel) -> ModuleSpec:
     """Megatron's local transformer layer with the two modules above."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    spec = get_gpt_layer_local_spec(
-        num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm"
-    )
+    spec = get_gpt_layer_local_spec(num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules

@@ -95,9 +95,9 @@ EXTRA = [case for case in EXTRA if name_of(case) not in {name_of(c) for c in ON_
 class World:
     """The models, the samples with old log-probabilities that reach every clip, and the reference's two updates."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **model: Any) -> None:
         self.folder = folder
-        shape: dict[str, Any] = dict(layers=4, heads=8, kv_heads=4, hidden=128, ffn=96)
+        shape: dict[str, Any] = dict(layers=4, heads=8, kv_heads=4, hidden=128, ffn=96) | model
         self.models = {t: str(make_tiny_model(folder / f"model-{t}", tied=t, **shape)) for t in (False, True)}
         self.samples = make_samples()
         self.old: dict[bool, list[torch.Tensor]] = {}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ranks import run_ranks
 from tiny import make_tiny_model
 
 BUCKETS = (1, 100_000, 1 << 30)  # bytes: every tensor alone, a few together, all at once
-MODELS = ("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied", "odd_vocab-tied", "odd_vocab-untied")
+MODELS = (
+    *("qwen2-tied", "qwen2-untied", "llama-tied", "llama-untied", "odd_vocab-tied", "odd_vocab-untied"),
+    *("mistral-untied", "qwen3-tied", "qwen3_moe-untied"),
+)
+LAYOUTS = {name: ("tp1", "tp2_sp_ep2_pp2" if name.startswith("qwen3_moe") else "tp2_pp2") for name in MODELS}
+CASES = [(name, layout) for name in MODELS for layout in LAYOUTS[name]]
 
 
 @dataclass
@@ -27,17 +33,17 @@ def measure(folder: Path) -> Measured:
             "name": f"{name}@{layout}",
             "layout": layout,
             "model": str(model),
-            "bucket_bytes": BUCKETS if layout == "tp2_pp2" else BUCKETS[-1:],
+            "bucket_bytes": BUCKETS[-1:] if layout == "tp1" else BUCKETS,
             "overrides": ["rollout.temperature=0.7"] if name == "llama-tied" else [],
         }
         for name, model in models.items()
-        for layout in ("tp1", "tp2_pp2")
+        for layout in LAYOUTS[name]
     ]
     return Measured(folder, models, run_ranks("jobs:logprobs_and_export", 4, runs=runs, folder=str(folder), timeout_s=500))
 
 
 def make(folder: Path, kind: str, ties: str) -> Path:
-    arch = "llama" if kind == "llama" else "qwen2"
+    arch: Any = "qwen2" if kind == "odd_vocab" else kind
     make_tiny_model(folder, arch=arch, tied=ties == "tied", layers=4, heads=8, kv_heads=4, hidden=128, ffn=96)
     if kind == "odd_vocab":
         from transformers import AutoModelForCausalLM

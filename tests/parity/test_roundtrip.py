@@ -6,14 +6,13 @@ import json
 
 import pytest
 import torch
-from parity_runs import BUCKETS, MODELS
+from parity_runs import BUCKETS, CASES
 from safetensors.torch import load_file
 
-CASES = [("tp1", BUCKETS[-1]), *(("tp2_pp2", size) for size in BUCKETS)]
+RUNS = [(*case, size) for case in CASES for size in (BUCKETS[-1:] if case[1] == "tp1" else BUCKETS)]
 
 
-@pytest.mark.parametrize(("layout", "bucket_bytes"), CASES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout", "bucket_bytes"), RUNS)
 def test_export_is_bit_equal_to_the_source(measured, name, layout, bucket_bytes):
     source = load_file(measured.models[name] / "model.safetensors")
     folder = measured.folder / f"{name}@{layout}-{bucket_bytes}"
