@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
+
+from megatron_dapo.config import Fp8Config
+from megatron_dapo.policy.fp8 import quantized
 
 _CPU = torch.device("cpu")
 
@@ -112,12 +116,17 @@ def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def layer_spec() -> ModuleSpec:
-    """Megatron's local transformer layer with the two modules above."""
+def layer_spec(fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:
+    """Megatron's local transformer layer with the two modules above and, with `fp8`, linear layers that emulate it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    attention, mlp = spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules
+    attention.core_attention = PackedAttention
+    if fp8 is not None:
+        column, row = (quantized(kind, fp8, amax_group) for kind in (ColumnParallelLinear, RowParallelLinear))
+        attention.linear_qkv, attention.linear_proj = column, row
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec

@@ -18,13 +18,16 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_dapo.bridge.hf import DTYPES, CheckpointReader, HFModel
 from megatron_dapo.bridge.plan import padded_vocab, pieces
+from megatron_dapo.config import Fp8Config
 from megatron_dapo.layout import Layout
-from megatron_dapo.policy import cpu
+from megatron_dapo.policy import cpu, fp8_rules
 from megatron_dapo.policy.parallel import Place
 
 
-def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool) -> TransformerConfig:
-    """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels."""
+def transformer_config(
+    model: HFModel, layout: Layout, dtype: str, on_cpu: bool, fp8: Fp8Config | None = None
+) -> TransformerConfig:
+    """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels and TransformerEngine's FP8."""
     compute = DTYPES[dtype]
     cpu_options: dict[str, Any] = (
         dict(
@@ -38,6 +41,7 @@ def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool)
         )
         if on_cpu
         else dict(bias_activation_fusion=True, apply_rope_fusion=True, gradient_accumulation_fusion=False)
+        | fp8_rules.transformer_fields(fp8)
     )
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -71,14 +75,25 @@ def transformer_config(model: HFModel, layout: Layout, dtype: str, on_cpu: bool)
 
 
 def build(
-    model: HFModel, place: Place, dtype: str, *, on_cpu: bool, distributed_optimizer: bool, seed: int
+    model: HFModel,
+    place: Place,
+    dtype: str,
+    *,
+    on_cpu: bool,
+    distributed_optimizer: bool,
+    seed: int,
+    fp8: Fp8Config | None = None,
 ) -> DistributedDataParallel:
     """This rank's model chunk inside Megatron's DistributedDataParallel; its weights are not set yet."""
     layout = place.layout
-    config = transformer_config(model, layout, dtype, on_cpu)
+    config = transformer_config(model, layout, dtype, on_cpu, fp8)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        layers = [cpu.layer_spec()] * (model.num_layers // layout.pp)
+        per_stage = model.num_layers // layout.pp
+        layers = [
+            cpu.layer_spec(fp8 if fp8_rules.is_quantized(fp8, number, model.num_layers) else None, place.amax_group)
+            for number in range(place.pp_rank * per_stage, (place.pp_rank + 1) * per_stage)
+        ]
         spec: Any = TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
     else:
         model_parallel_cuda_manual_seed(seed)
@@ -99,7 +114,9 @@ def build(
     if not on_cpu:
         gpt = gpt.cuda()
     module = Float16Module(config, gpt) if dtype == "bf16" else gpt
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, **({} if on_cpu else fp8_rules.ddp_fields(fp8))
+    )
     return DistributedDataParallel(config, ddp, module)
 
 
@@ -119,8 +136,12 @@ def load_weights(chunk: torch.nn.Module, folder: Path, model: HFModel, place: Pl
     reader = CheckpointReader(folder)
     for name, parameter in named_shards(chunk):
         found = pieces(name, model, tp=place.layout.tp, tp_rank=place.tp_rank)
-        if sum(piece.size for piece in found) < parameter.shape[found[0].dim if found else 0]:
-            parameter.zero_()
+        shard = torch.zeros(parameter.shape, dtype=parameter.dtype)
         for piece in found:
             part = reader.read(piece.hf, piece.dim, piece.hf_start, piece.size)
-            parameter.narrow(piece.dim, piece.start, piece.size).copy_(part)
+            shard.narrow(piece.dim, piece.start, piece.size).copy_(part)
+        parameter.copy_(shard)  # whole, because a parameter that TransformerEngine keeps in FP8 cannot be written in parts
+        if hasattr(
+            parameter, "get_high_precision_init_val"
+        ):  # TransformerEngine's: what the optimizer's master weights start from
+            parameter.get_high_precision_init_val = lambda shard=shard: shard

@@ -11,7 +11,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dapo.config import OptimizerConfig
+from megatron_dapo.config import Fp8Config, OptimizerConfig
+from megatron_dapo.policy import fp8_rules
 
 _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -28,8 +29,11 @@ if USING_PYTORCH_OPTIMIZER:
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
 
 
-def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str) -> Any:
-    """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded."""
+def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str, fp8: Fp8Config | None = None) -> Any:
+    """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded.
+
+    `fp8` is TransformerEngine's on GPU; the CPU's emulation concerns no optimizer.
+    """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -43,6 +47,7 @@ def build_optimizer(config: OptimizerConfig, chunk: Any, dtype: str) -> Any:
             bf16=dtype == "bf16",
             params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.distributed,
+            **fp8_rules.optimizer_fields(fp8),
         ),
         [chunk],
     )

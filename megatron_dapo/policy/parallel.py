@@ -24,6 +24,7 @@ class Place:
     tp_group: Any
     dp_group: Any
     cp_group: Any
+    amax_group: Any  # the ranks that share FP8's delayed scales: tensor, context and data parallel
     control: Any
 
     @property
@@ -63,6 +64,7 @@ def start(layout: Layout, backend: str) -> Place:
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
+        amax_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
         control=dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo"),
     )
 

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_dapo.algo.loss import dapo_loss
 from megatron_dapo.bridge.hf import HFModel, read_model, resolve_folder
 from megatron_dapo.config import RunConfig
-from megatron_dapo.policy import cpu, parallel
+from megatron_dapo.policy import cpu, fp8_rules, parallel
 from megatron_dapo.policy import model as model_file
 from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_logprobs, run_model
 from megatron_dapo.policy.optimizer import build_optimizer, build_schedule
@@ -40,7 +40,9 @@ class Policy:
         self.config = config
         self.folder = resolve_folder(config.model.path)
         self.hf: HFModel = read_model(self.folder)
-        layout = config.layout.to_layout()
+        layout, fp8 = config.layout.to_layout(), config.policy.fp8
+        if fp8 is not None:
+            fp8_rules.check(fp8, self.hf, layout, config.model.dtype, on_cpu=on_cpu)
         if on_cpu:
             cpu.install()
         self.place = parallel.start(layout, "gloo" if on_cpu else "nccl")
@@ -52,9 +54,10 @@ class Policy:
             on_cpu=on_cpu,
             distributed_optimizer=config.optimizer.distributed,
             seed=config.run.seed,
+            fp8=fp8,
         )
         model_file.load_weights(self.chunk, self.folder, self.hf, self.place)
-        self.optimizer = build_optimizer(config.optimizer, self.chunk, config.model.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.chunk, config.model.dtype, None if on_cpu else fp8)
         self.schedule = build_schedule(config.optimizer, self.optimizer)
         self.chunk.config.finalize_model_grads_func = finalize_model_grads
         self.chunk.config.grad_scale_func = self.optimizer.scale_loss
@@ -138,7 +141,7 @@ class Policy:
 
     def _micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:
         starts = [0, *itertools.accumulate(batch.lengths)]
-        align = self.place.layout.tp if self.place.layout.sp else 1
+        align = fp8_rules.token_multiple(self.config.policy.fp8, self.place.layout)
         for indices in batch.mini_batches[k].micro_batches[self.place.dp_rank]:
             yield make_micro_batch(batch, indices, starts, align=align, device=self.device)
 
