@@ -131,7 +131,8 @@ def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any
     gather_weights(policy.chunks)
 
     def model() -> dict[str, Any]:
-        return {str(number): chunk.module.sharded_state_dict() for number, chunk in enumerate(policy.chunks)}
+        modules: list[Any] = [chunk.module for chunk in policy.chunks]
+        return {str(number): module.sharded_state_dict() for number, module in enumerate(modules)}
 
     optimizer = policy.optimizer.sharded_state_dict(model(), is_loading=is_loading, metadata=_SHARDING)
     return {"model": model(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}

@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,7 +64,25 @@ class LayoutConfig(Section):
         )
 
 
+class Fp8Config(Section):
+    format: Literal["e4m3", "hybrid"] = Field(
+        default="e4m3", description="hybrid quantises gradients to e5m2, with more range and less precision; the rest is e4m3."
+    )
+    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        default="blockwise",
+        description="How scales are chosen: per tensor from its own values or from the last pass, in blocks of 128, in blocks of 32.",
+    )
+    param_gather: bool = Field(
+        default=False, description="Keep the weights of those layers in FP8 and gather them so after updates (GPU only)."
+    )
+    first_last_bf16: bool = Field(default=False, description="Leave the first and the last layer unquantised.")
+
+
 class PolicyConfig(Section):
+    fp8: Fp8Config | None = Field(
+        default=None,
+        description="FP8 matrix products in the policy's layers: TransformerEngine's on GPU, emulated on CPU; null: off.",
+    )
     recompute: Literal["selective", "full"] | None = Field(
         default=None,
         description="Compute activations again in the backward pass: of some modules, or of whole layers; null: keep them.",
@@ -305,6 +323,8 @@ class RunConfig(Section):
             raise ValueError(
                 "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the overlap"
             )
+        if policy.fp8 is not None:
+            self._check_fp8(policy.fp8)
         num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
         parts = self.batch.updates_per_step * layout.dp
         if num_samples % parts:
@@ -347,6 +367,21 @@ class RunConfig(Section):
         if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
             raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
 
+    def _check_fp8(self, fp8: Fp8Config) -> None:
+        """What is wrong whatever the model and the hardware; policy/fp8_rules.py knows the rest."""
+        if fp8.recipe == "delayed" and fp8.first_last_bf16:
+            raise ValueError(
+                "policy.fp8.first_last_bf16=true does not work with policy.fp8.recipe=delayed, whose scales are updated for all layers "
+                "at once; use another recipe or set it to false"
+            )
+        if fp8.param_gather and not self.optimizer.distributed:
+            raise ValueError("policy.fp8.param_gather=true needs optimizer.distributed=true, which is what gathers parameters")
+        if fp8.param_gather and self.model.dtype != "bf16":
+            raise ValueError(
+                f"policy.fp8.param_gather=true needs model.dtype=bf16, not {self.model.dtype}: fp32 weights have no master copy to "
+                "quantise from"
+            )
+
     def dump(self) -> str:
         """The resolved configuration as YAML; `RunConfig.load` of it gives an equal RunConfig."""
         return OmegaConf.to_yaml(OmegaConf.create(_escape(self.model_dump(mode="json"))))
@@ -362,8 +397,23 @@ def _escape(value: Any) -> Any:
 
 
 def valid_keys() -> list[str]:
-    """Every `section.key`."""
-    return [f"{name}.{key}" for name, section in RunConfig.model_fields.items() for key in section.annotation.model_fields]  # type: ignore[union-attr]
+    """Every `section.key`, and `section.part.key` where a key is a section itself."""
+    return [key for name, field in RunConfig.model_fields.items() for key in _keys(name, field.annotation)]
+
+
+def _keys(prefix: str, section: Any) -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(f"{prefix}.{name}")
+        if (nested := nested_section(field.annotation)) is not None:
+            keys += _keys(keys[-1], nested)
+    return keys
+
+
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section a field holds (`Fp8Config | None` or `Fp8Config`), or None."""
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _explain(error: Any) -> str:

@@ -53,6 +53,7 @@ def check(config: RunConfig) -> None:
     """Everything that can be wrong about model, layout, data and verifier, before any process starts. ValueError."""
     from megatron_dapo.bridge.hf import read_model, resolve_folder
     from megatron_dapo.data.prompts import load_rows
+    from megatron_dapo.policy import fp8_rules
     from megatron_dapo.reward.math import load_verifier
     from megatron_dapo.rollout.launch import checked_port
 
@@ -75,9 +76,12 @@ def check(config: RunConfig) -> None:
         for key, value in (
             ("policy.overlap_tensor_parallel", config.policy.overlap_tensor_parallel),
             ("optimizer.cpu_offload", config.optimizer.cpu_offload),
+            ("policy.recompute_modules", "moe_act" in config.policy.recompute_modules and config.policy.recompute_modules),
         ):
             if value:
                 raise ValueError(f"{key}={value} needs a GPU and run.device=cpu has none; drop it for runs on the CPU")
+    if config.policy.fp8 is not None:
+        fp8_rules.check(config.policy.fp8, model, config.layout.to_layout(), config.model.dtype, on_cpu=on_cpu(config))
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     if longest > model.max_positions:
         raise ValueError(

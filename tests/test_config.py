@@ -71,6 +71,9 @@ def test_a_dump_loads_as_the_same_configuration(tmp_path):
         ("optimizer.rl=1", "unknown key optimizer.rl; did you mean optimizer.lr?"),
         ("sampling.prompt_per_step=4", "unknown key sampling.prompt_per_step; did you mean sampling.prompts_per_step?"),
         ("rolout.engines=1", "unknown key rolout; did you mean rollout?"),
+        ("policy.fp8.recipee=mxfp8", "unknown key policy.fp8.recipee; did you mean policy.fp8.recipe?"),
+        ("policy.fb8.recipe=mxfp8", "unknown key policy.fb8; did you mean policy.fp8?"),
+        ("policy.fp8=blockwise", "policy.fp8='blockwise': Input should be"),
         ("optimizer.lr=0", "optimizer.lr=0: Input should be greater than 0"),
         ("run.max_steps=many", "run.max_steps='many'"),
         ("sampling.samples_per_prompt=1", "sampling.samples_per_prompt=1: Input should be greater than or equal to 2"),
@@ -109,7 +112,20 @@ def test_a_configuration_cannot_be_changed():
 def test_every_section_and_field_is_listed():
     sections = "model layout policy rollout sampling reward objective optimizer batch data checkpoint evaluation report run"
     assert list(RunConfig.model_fields) == sections.split()
-    assert {"model.path", "run.verify_sync", "data.few_shot"} <= set(valid_keys())
+    assert {"model.path", "run.verify_sync", "data.few_shot", "policy.fp8", "policy.fp8.recipe"} <= set(valid_keys())
+
+
+def test_a_section_inside_a_section(tmp_path):
+    assert load().policy.fp8 is None and load("policy.fp8=null").policy.fp8 is None
+    default, changed = load("policy.fp8={}").policy.fp8, load("policy.fp8.recipe=mxfp8").policy.fp8
+    assert default is not None and changed is not None
+    assert (default.format, default.recipe) == ("e4m3", "blockwise") and (changed.format, changed.recipe) == ("e4m3", "mxfp8")
+    path = tmp_path / "run.yaml"
+    path.write_text(load("policy.fp8.recipe=mxfp8").dump())
+    assert RunConfig.load(path).policy.fp8 == changed
+    assert RunConfig.load(path, ["policy.fp8=null"]).policy.fp8 is None
+    path.write_text(load().dump())
+    assert RunConfig.load(path, ["policy.fp8.format=hybrid"]).policy.fp8 == default.model_copy(update={"format": "hybrid"})
 
 
 # --- rules between fields --------------------------------------------------------------------------------------------
@@ -120,7 +136,10 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["layout.expert_parallel=2"], "layout.expert_parallel=2 is not supported yet"),
+        (
+            ["layout.expert_parallel=4", "layout.data_parallel=2"],
+            "layout.expert_parallel=4 x layout.expert_tensor_parallel=1 does not divide the ranks of a pipeline stage",
+        ),
         (
             ["layout.virtual_pipeline_parallel=2"],
             "virtual_pipeline_parallel=2 needs at least 2 chunks and layout.pipeline_parallel > 1",

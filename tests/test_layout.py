@@ -60,7 +60,7 @@ def test_a_rank_outside_the_world_is_refused(rank):
         Layout(tp=2, dp=2, pp=2).coordinates(rank)
 
 
-@pytest.mark.parametrize("name", ["tp", "cp", "ep", "pp", "dp"])
+@pytest.mark.parametrize("name", ["tp", "cp", "ep", "etp", "pp", "dp"])
 def test_sizes_start_at_one(name):
     with pytest.raises(ValueError, match=rf"layout\.{name}=0 must be at least 1"):
         Layout(**{name: 0})
@@ -108,6 +108,10 @@ MODEL = {"num_layers": 12, "num_heads": 8, "num_kv_heads": 2, "hidden_size": 64,
             {},
             "pipeline_parallel=5 (x virtual 1) does not divide the model's 12 layers; use one of [1, 2, 3, 4, 6, 12] stages",
         ),
+        ({"ep": 2, "dp": 2}, {}, "expert_parallel=2 and expert_tensor_parallel=1 need a model with experts; set both to 1"),
+        ({"ep": 2, "dp": 2}, {"num_experts": 3}, "expert_parallel=2 does not divide the model's 3 experts; use one of [1, 3]"),
+        ({"etp": 5, "dp": 5}, {"num_experts": 4}, "expert_tensor_parallel=5 does not divide the model's 96 MLP size"),
+        ({"tp": 2}, {"num_experts": 4}, "tensor_parallel=2 of a model with experts needs layout.sequence_parallel=true"),
         ({"pp": 4, "vpp": 2}, {}, "pipeline_parallel=4 (x virtual 2) does not divide the model's 12 layers"),
     ],
 )

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -43,19 +43,30 @@ def section_types() -> dict[str, type[BaseModel]]:
 
 def page(sections: Mapping[str, type[BaseModel]]) -> str:
     """The whole page. ValueError names every key that has no description."""
-    silent = [
-        f"{name}.{key}" for name, section in sections.items() for key, f in section.model_fields.items() if not f.description
-    ]
+    silent = [f"{name}.{key}" for name, section in sections.items() for key, f in fields(section) if not f.description]
     if silent:
         raise ValueError(f"no description for {', '.join(silent)}; add Field(description=...) in megatron_dapo/config.py")
     parts = [HEAD]
     for name, section in sections.items():
         rows = [
             f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | {_escape(f.description or '')} |"
-            for key, f in section.model_fields.items()
+            for key, f in fields(section)
         ]
         parts.append("\n".join([f"\n## {name}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]))
     return "".join(parts)
+
+
+def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Keys and fields in order; a key that is a section itself is followed by its own keys, as `key.part`."""
+    for key, field in section.model_fields.items():
+        yield prefix + key, field
+        for kind in get_args(field.annotation) or (field.annotation,):
+            if _is_section(kind):
+                yield from fields(kind, f"{prefix}{key}.")
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def type_text(field: FieldInfo) -> str:
@@ -79,7 +90,7 @@ def _name(kind: Any, rules: Sequence[Any] = ()) -> str:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join(_name(argument, () if argument is NoneType else rules) for argument in arguments)
-    name = "null" if kind is NoneType else (origin or kind).__name__
+    name = "null" if kind is NoneType else "section" if _is_section(kind) else (origin or kind).__name__
     if origin is not None:
         name += f"[{', '.join(_name(argument) for argument in arguments)}]"
     return " ".join([name, ", ".join(f"{sign} {limit:g}" for rule in rules for sign, limit in _bounds(rule))]).strip()

@@ -53,10 +53,10 @@ class HFModel:
     vocab_size: int
     tied: bool
     qkv_bias: bool
-    qk_norm: bool
-    num_experts: int  # 0: dense, and so the other two
-    experts_per_token: int
-    renormalize_experts: bool  # the chosen experts' probabilities sum to 1
+    qk_norm: bool = False
+    num_experts: int = 0  # 0: dense, and so the other two
+    experts_per_token: int = 0
+    renormalize_experts: bool = False  # the chosen experts' probabilities sum to 1
     norm_eps: float
     rope_theta: float
     rope_factor: float | None

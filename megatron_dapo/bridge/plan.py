@@ -25,7 +25,8 @@ class Piece:
 def pieces(megatron_name: str, model: HFModel, *, tp: int, tp_rank: int) -> list[Piece]:
     """Where each part of this tensor-parallel rank's shard lies in the checkpoint.
 
-    `megatron_name` carries the global layer and expert numbers; for an expert `tp` is expert_tensor_parallel. A vocabulary padded to a multiple of `tp` has no piece for its padding.
+    `megatron_name` carries the global layer and expert numbers; for an expert `tp` is expert_tensor_parallel. A vocabulary padded to a
+    multiple of `tp` has no piece for its padding.
     """
     row = row_of(megatron_name, tied=model.tied)
     if row.split == "qkv":

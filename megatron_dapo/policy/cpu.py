@@ -15,14 +15,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel import random as rng
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
 
 from megatron_dapo.bridge.hf import HFModel
+from megatron_dapo.config import Fp8Config
 from megatron_dapo.policy.forward import zigzag
+from megatron_dapo.policy.fp8 import quantized
 
 _CPU = torch.device("cpu")
 _gloo_all_to_all_single = dist.all_to_all_single
@@ -45,8 +47,8 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
     """Megatron's token dispatcher hands over split sizes as tensors, which gloo does not take."""
-    sizes = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
-    return _gloo_all_to_all_single(output, input, *sizes, **kwargs)
+    received, sent = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
+    return _gloo_all_to_all_single(output, input, received, sent, **kwargs)
 
 
 class _Event:
@@ -157,8 +159,8 @@ def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def layer_spec(model: HFModel) -> ModuleSpec:
-    """Megatron's local transformer layer with the two modules above."""
+def layer_spec(model: HFModel, fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:
+    """Megatron's local transformer layer with the two modules above and, with `fp8`, linear layers that emulate it."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm")
@@ -168,4 +170,9 @@ def layer_spec(model: HFModel) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if fp8 is not None:
+        column, row = (quantized(kind, fp8, amax_group) for kind in (ColumnParallelLinear, RowParallelLinear))
+        attention.linear_qkv, attention.linear_proj = column, row
+        mlp = spec.submodules.mlp.submodules
+        mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec

@@ -21,7 +21,7 @@ from megatron_dapo.bridge.names import EXPERT, row_of
 from megatron_dapo.bridge.plan import padded_vocab, pieces
 from megatron_dapo.config import PolicyConfig
 from megatron_dapo.layout import Layout
-from megatron_dapo.policy import cpu
+from megatron_dapo.policy import cpu, fp8_rules
 from megatron_dapo.policy.parallel import Place
 
 
@@ -36,9 +36,9 @@ class HeadlessGPT(GPTModel):
         if not self.post_process:
             return hidden_states
         for (
-            wait
-        ) in self.output_layer._forward_pre_hooks.values():  # for its weights, which policy.overlap_param_gather has on the way
-            wait(self.output_layer, ())
+            hook
+        ) in self.output_layer._forward_pre_hooks.values():  # waits for weights that policy.overlap_param_gather has on the way
+            hook(self.output_layer, ())
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp
@@ -47,7 +47,7 @@ class HeadlessGPT(GPTModel):
 
 
 def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dtype: str, on_cpu: bool) -> TransformerConfig:
-    """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels."""
+    """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels and TransformerEngine's FP8."""
     compute = DTYPES[dtype]
     cpu_options: dict[str, Any] = (
         dict(
@@ -60,6 +60,7 @@ def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dty
         )
         if on_cpu
         else dict(bias_activation_fusion=True, apply_rope_fusion=True, gradient_accumulation_fusion=False)
+        | fp8_rules.transformer_fields(policy.fp8)
     )
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -102,7 +103,7 @@ def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dty
         overlap_p2p_comm=layout.vpp is not None,
         batch_p2p_comm=not on_cpu and layout.vpp is None,
         recompute_granularity=policy.recompute,
-        recompute_modules=policy.recompute_modules if policy.recompute == "selective" else None,
+        recompute_modules=list(policy.recompute_modules) if policy.recompute == "selective" else None,
         recompute_method="uniform" if policy.recompute == "full" else None,
         recompute_num_layers=policy.recompute_layers if policy.recompute == "full" else None,
         tp_comm_overlap=policy.overlap_tensor_parallel,
@@ -119,21 +120,18 @@ def build(
     config = transformer_config(model, layout, policy, dtype, on_cpu)
     if on_cpu:
         initialize_rng_tracker(inference_rng_tracker=True)
-        layers = [cpu.layer_spec(model)] * (model.num_layers // layout.num_stages)
-        spec: Any = TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
     else:
         model_parallel_cuda_manual_seed(seed)
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=model.num_experts or None, moe_grouped_gemm=model.num_experts > 0, qk_layernorm=model.qk_norm
-        )
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=policy.overlap_grad_reduce,
         overlap_param_gather=policy.overlap_param_gather,
+        **({} if on_cpu else fp8_rules.ddp_fields(policy.fp8)),
     )
     chunks = []
     for number in range(layout.vpp or 1):
+        spec = _cpu_spec(model, place, policy, number) if on_cpu else _gpu_spec(model)
         gpt = _gpt_model(model, place, config, spec, number)
         if not on_cpu:
             gpt = gpt.cuda()
@@ -144,6 +142,24 @@ def build(
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]  # type: ignore[assignment]
     return chunks
+
+
+def _cpu_spec(model: HFModel, place: Place, policy: PolicyConfig, number: int) -> TransformerBlockSubmodules:
+    """The layers of this rank's model chunk `number`. An interleaved pipeline deals chunks out to the stages in turn."""
+    layout = place.layout
+    per_chunk = model.num_layers // layout.num_stages
+    first = (number * layout.pp + place.pp_rank) * per_chunk
+    layers = [
+        cpu.layer_spec(model, policy.fp8 if fp8_rules.is_quantized(policy.fp8, i, model.num_layers) else None, place.amax_group)
+        for i in range(first, first + per_chunk)
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
+
+
+def _gpu_spec(model: HFModel) -> Any:
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_experts or None, moe_grouped_gemm=model.num_experts > 0, qk_layernorm=model.qk_norm
+    )
 
 
 def _gpt_model(model: HFModel, place: Place, config: TransformerConfig, spec: Any, number: int) -> HeadlessGPT:
@@ -205,8 +221,10 @@ def load_weights(chunks: Iterable[torch.nn.Module], folder: Path, model: HFModel
     for name, parameter in named_shards(chunks):
         shards = place.shards(expert=row_of(name).expert)
         found = pieces(name, model, tp=shards.size, tp_rank=shards.rank)
-        if sum(piece.size for piece in found) < parameter.shape[found[0].dim if found else 0]:
-            parameter.zero_()
+        shard = torch.zeros(parameter.shape, dtype=parameter.dtype)
         for piece in found:
             part = reader.read(piece.hf, piece.dim, piece.hf_start, piece.size)
-            parameter.narrow(piece.dim, piece.start, piece.size).copy_(part)
+            shard.narrow(piece.dim, piece.start, piece.size).copy_(part)
+        parameter.copy_(shard)  # whole, because a parameter that TransformerEngine keeps in FP8 cannot be written in parts
+        if hasattr(parameter, "get_high_precision_init_val"):  # TransformerEngine's: what the master weights start from
+            parameter.get_high_precision_init_val = lambda shard=shard: shard

@@ -12,7 +12,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_dapo.config import OptimizerConfig
+from megatron_dapo.config import Fp8Config, OptimizerConfig
+from megatron_dapo.policy import fp8_rules
 
 _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -29,8 +30,11 @@ if USING_PYTORCH_OPTIMIZER:
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
 
 
-def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str) -> Any:
-    """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded."""
+def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str, fp8: Fp8Config | None = None) -> Any:
+    """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded.
+
+    `fp8` is TransformerEngine's on GPU; the CPU's emulation concerns no optimizer.
+    """
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -47,6 +51,7 @@ def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str) -> A
             optimizer_cpu_offload=config.cpu_offload > 0,
             optimizer_offload_fraction=config.cpu_offload,
             overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
+            **fp8_rules.optimizer_fields(fp8),
         ),
         chunks,
     )

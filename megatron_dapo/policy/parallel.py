@@ -35,6 +35,7 @@ class Place:
     tp_group: Any
     dp_group: Any
     cp_group: Any
+    amax_group: Any  # the ranks that share FP8's delayed scales: tensor, context and data parallel
     control: Any
 
     @property
@@ -77,11 +78,12 @@ def start(layout: Layout, backend: str) -> Place:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
-        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
         expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         cp_group=parallel_state.get_context_parallel_group(),
+        amax_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
         control=dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo"),
     )
 

@@ -19,7 +19,7 @@ from megatron_dapo.algo.loss import dapo_loss
 from megatron_dapo.algo.mismatch import correct, importance_weights, mismatch_sums
 from megatron_dapo.bridge.hf import HFModel, read_model, resolve_folder
 from megatron_dapo.config import RunConfig
-from megatron_dapo.policy import cpu, parallel
+from megatron_dapo.policy import cpu, fp8_rules, parallel
 from megatron_dapo.policy import model as model_file
 from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_logprobs, run_model
 from megatron_dapo.policy.guards import Guard
@@ -39,7 +39,9 @@ class Policy:
         self.config = config
         self.folder = resolve_folder(config.model.path)
         self.hf: HFModel = read_model(self.folder)
-        layout = config.layout.to_layout()
+        layout, fp8 = config.layout.to_layout(), config.policy.fp8
+        if fp8 is not None:
+            fp8_rules.check(fp8, self.hf, layout, config.model.dtype, on_cpu=on_cpu)
         if on_cpu:
             cpu.install()
         self.place = parallel.start(layout, "gloo" if on_cpu else "nccl")
@@ -54,7 +56,7 @@ class Policy:
             seed=config.run.seed,
         )
         model_file.load_weights(self.chunks, self.folder, self.hf, self.place)
-        self.optimizer = build_optimizer(config.optimizer, self.chunks, config.model.dtype)
+        self.optimizer = build_optimizer(config.optimizer, self.chunks, config.model.dtype, None if on_cpu else fp8)
         self.schedule = build_schedule(config.optimizer, self.optimizer)
         self.guard = Guard(config.optimizer, self.place)
         for chunk in self.chunks:
@@ -171,7 +173,7 @@ class Policy:
     def _micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:
         starts = [0, *itertools.accumulate(batch.lengths)]
         layout = self.place.layout
-        align = layout.tp if layout.sp else 1
+        align = fp8_rules.token_multiple(self.config.policy.fp8, layout)
         for indices in batch.mini_batches[k].micro_batches[self.place.dp_rank]:
             yield make_micro_batch(
                 batch, indices, starts, layout=layout, cp_rank=self.place.cp_rank, align=align, device=self.device
@@ -185,7 +187,7 @@ class Policy:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[self._micro_batches(batch, k) for _ in self.chunks],
-            model=self.chunks,
+            model=list(self.chunks),
             num_microbatches=len(batch.mini_batches[k].micro_batches[0]),
             seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
             micro_batch_size=1,

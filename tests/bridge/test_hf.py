@@ -68,16 +68,24 @@ def test_no_tokenizer(folder):
 
 @pytest.mark.parametrize("architectures", [["MixtralForCausalLM"], [], None])
 def test_an_unsupported_architecture_names_the_supported_ones(folder, architectures):
-    refuse(configure(folder, architectures=architectures), "is not supported; supported: LlamaForCausalLM, Qwen2ForCausalLM")
+    refuse(
+        configure(folder, architectures=architectures),
+        "is not supported; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3",
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"hidden_act": "gelu"}, "hidden_act=silu"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, 'hidden_act="gelu" is not supported for LlamaForCausalLM, only "silu"'),
+        ({"mlp_bias": True}, "mlp_bias=true is not supported for LlamaForCausalLM, only false"),
         ({"attention_bias": True}, "attention_bias=true"),
+        ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=true"),
+        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=true"),
+        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias=true"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096 is not supported for Mistral"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
     ],
 )
 def test_options_that_would_train_another_model(folder, changes, words):

@@ -21,10 +21,6 @@ MODEL = HFModel(
     vocab_size=7,
     tied=False,
     qkv_bias=True,
-    qk_norm=False,
-    num_experts=0,
-    experts_per_token=0,
-    renormalize_experts=False,
     norm_eps=1e-6,
     rope_theta=1e4,
     rope_factor=None,
@@ -67,7 +63,7 @@ def test_a_tied_output_layer_is_the_embedding():
 
 
 @pytest.mark.parametrize(
-    "name", ["decoder.layers.0.mlp.router.weight", "decoder.layers.x.input_layernorm.weight", "lm_head.weight"]
+    "name", ["decoder.layers.0.mlp.router.expert_bias", "decoder.layers.x.input_layernorm.weight", "lm_head.weight"]
 )
 def test_an_unknown_name_says_which_row_to_add(name):
     with pytest.raises(ValueError, match=rf"{name}.*add a Row to ROWS in megatron_dapo/bridge/names.py"):

@@ -60,6 +60,19 @@ class Silent(BaseModel):
     untold: int = 2
 
 
+class Outer(BaseModel):
+    inner: Example | None = Field(default=None, description="Inner.")
+    quiet: Silent | None = Field(default=None, description="Quiet.")
+
+
+def test_the_keys_of_a_nested_section_follow_it(tool):
+    keys = [key for key, _ in tool.fields(Outer)]
+    assert keys[:3] == ["inner", "inner.size", "inner.share"] and keys[-3:] == ["quiet", "quiet.told", "quiet.untold"]
+    assert tool.type_text(Outer.model_fields["inner"]) == "section or null"
+    with pytest.raises(ValueError, match=r"no description for outer\.quiet\.untold;"):
+        tool.page({"outer": Outer})
+
+
 def test_a_key_without_description_is_refused(tool):
     with pytest.raises(ValueError, match=r"no description for silent\.untold;"):
         tool.page({"silent": Silent})
