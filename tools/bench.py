@@ -2,7 +2,7 @@
 """Benchmarks that print JSON.
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
-    python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128]
+    python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128] [--tp 8] [--cp 2] [--fp8 blockwise]
     python tools/bench.py train-step --model FOLDER --lengths lengths.json [--tokens 16384] [--budget 4096] [section.key=value ...]
     python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
 
@@ -11,7 +11,8 @@
 
 `packing`: plans one optimizer update on samples of the given lengths (a JSON list, tokens) with the cost of Qwen2.5-32B.
 imbalance: cost of the costliest rank over the mean one; fill: tokens over the budgets of all micro-batches; lower_bound: micro-batches
-if the budgets of every rank could be filled to the last token, which few lengths allow; seconds: planning only.
+if the budgets of every rank could be filled to the last token, which few lengths allow; padding: share of the processed tokens that the
+layout adds; seconds: planning only.
 `logprob`: forward and backward of algo/logprobs.py beside `log_softmax` of all the logits, in fp32 on the CPU. Peak bytes are resident
 memory over what there was before, in forward or backward, without the inputs' gradients, which the caller keeps. `max_grad_error`
 is the largest difference of a gradient's elements over the largest element. The plain version needs 2.5 times
@@ -43,7 +44,9 @@ import torch
 
 from megatron_dapo.algo.logprobs import logprobs_from_hidden
 from megatron_dapo.algo.packing import Cost, pack, plan
-from megatron_dapo.config import RunConfig
+from megatron_dapo.config import Fp8Config, RunConfig
+from megatron_dapo.layout import Layout, round_up
+from megatron_dapo.policy.fp8_rules import token_multiple
 from megatron_dapo.train import launch
 from megatron_dapo.types import Batch, Sample
 
@@ -106,15 +109,21 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
     lengths = json.loads(options.lengths.read_text())
     if (longest := max(lengths)) > options.budget:
         raise SystemExit(f"error: --budget {options.budget} is below the longest sample ({longest} tokens); raise it")
+    layout = Layout(tp=options.tp, sp=options.tp > 1, cp=options.cp)
     began = time.perf_counter()
-    ranks = plan(lengths, dp=options.ranks, max_tokens=options.budget, cost=QWEN32B)
+    padded = [round_up(length, layout.sequence_multiple) for length in lengths]
+    ranks = plan(padded, dp=options.ranks, max_tokens=options.budget, cost=QWEN32B)
     seconds = time.perf_counter() - began
     costs = [sum(QWEN32B(lengths[i]) for micro in rank for i in micro) for rank in ranks]
     num_micro_batches = sum(len(rank) for rank in ranks)
+    fp8 = Fp8Config(recipe=options.fp8) if options.fp8 else None
+    unit = math.lcm(layout.sequence_multiple, layout.cp * token_multiple(fp8, layout))
+    processed = sum(round_up(sum(padded[i] for i in micro), unit) for rank in ranks for micro in rank)
     return {
         "imbalance": round(max(costs) / statistics.fmean(costs), 5),
         "fill": round(sum(lengths) / (num_micro_batches * options.budget), 5),
         "num_micro_batches": num_micro_batches,
+        "padding": round(1 - sum(lengths) / processed, 5),
         "lower_bound": options.ranks * math.ceil(sum(lengths) / (options.budget * options.ranks)),
         "seconds": round(seconds, 6),
     }
@@ -287,6 +296,9 @@ def main() -> None:
     planning.add_argument("--lengths", type=Path, required=True, help="JSON list of sample lengths, tokens")
     planning.add_argument("--budget", type=int, default=22528, help="tokens of one micro-batch (batch.max_tokens)")
     planning.add_argument("--ranks", type=int, default=128, help="data-parallel ranks")
+    planning.add_argument("--tp", type=int, default=1, help="tensor (and sequence) parallel ranks, for the padding")
+    planning.add_argument("--cp", type=int, default=1, help="context-parallel ranks, for the padding")
+    planning.add_argument("--fp8", choices=["tensorwise", "delayed", "blockwise", "mxfp8"], help="recipe, for the padding")
     planning.set_defaults(run=packing)
     part = commands.add_parser("logprob", help="log-probabilities from hidden states")
     for name, default in (("tokens", 4096), ("vocab", 151936), ("hidden", 1024), ("repeats", 3)):
