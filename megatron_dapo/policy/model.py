@@ -133,6 +133,9 @@ def build(
     for number in range(layout.vpp or 1):
         spec = _cpu_spec(model, place, policy, number) if on_cpu else _gpu_spec(model)
         gpt = _gpt_model(model, place, config, spec, number)
+        for name, parameter in gpt.named_parameters():
+            if EXPERT.search(name):  # at ep 1 Megatron would sum their gradients over the ranks that dense ones have in common
+                parameter.allreduce = False  # type: ignore[attr-defined]
         if not on_cpu:
             gpt = gpt.cuda()
         module = Float16Module(config, gpt) if dtype == "bf16" else gpt
