@@ -44,7 +44,7 @@ def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_guard_remembers_the_gradient_norms(runs, layout):
     _, saved, _, resumed = runs
-    for rank in range(2 if layout == "dp2" else 4):
+    for rank in range(RANKS[layout][0]):
         assert resumed[rank][layout]["norms"] == [update["grad_norm"] for update in saved[rank][layout]["updates"][:2]]
 
 

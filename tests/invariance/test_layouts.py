@@ -16,7 +16,7 @@ from tiny import make_tiny_model
 
 from megatron_dapo.layout import Layout
 
-LR, EPS = 1e-3, 1e-6
+LR, EPS = 1e-3, 1e-5
 RELATIVE = 1e-5  # of loss, gradient norm and, by parameter, the length of the gradient's error
 WEIGHTS = 2e-5  # absolute, after three updates that move a weight by up to 3e-3
 
