@@ -73,6 +73,11 @@ def check(config: RunConfig) -> None:
             f"chunk; use one of {[d for d in range(1, per_chunk + 1) if per_chunk % d == 0]}"
         )
     if on_cpu(config):
+        if config.layout.expert_parallel > 1 and config.layout.expert_tensor_parallel > 1:
+            raise ValueError(
+                f"layout.expert_tensor_parallel={config.layout.expert_tensor_parallel} with layout.expert_parallel="
+                f"{config.layout.expert_parallel} needs a GPU: gloo cannot gather different numbers of tokens; set one of them to 1"
+            )
         for key, value in (
             ("policy.overlap_tensor_parallel", config.policy.overlap_tensor_parallel),
             ("optimizer.cpu_offload", config.optimizer.cpu_offload),

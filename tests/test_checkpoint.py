@@ -119,3 +119,19 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):
     assert checkpoint.find(tmp_path, "auto") is None
     assert sorted(p.name for p in (tmp_path / "checkpoints.1").iterdir()) == ["step_000095", "step_000100"]
     assert checkpoint.set_aside(tmp_path, 0) is None
+
+
+@pytest.mark.slow
+def test_experts_resume_too(tmp_path):
+    model = str(make_tiny_model(tmp_path / "model", arch="qwen3_moe", layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
+    folder = str(tmp_path)
+    saved = run_ranks("jobs:train_and_save", 4, layouts=["tp2_sp_ep2_dp2"], model=model, folder=folder, timeout_s=280)
+    reshard = {"tp2_sp_ep2": "tp2_sp_ep2_dp2"}  # half the data-parallel ranks
+    resumed = run_ranks("jobs:resume", 4, layouts=["tp2_sp_ep2_dp2"], model=model, folder=folder, reshard=reshard, timeout_s=280)
+    for rank in range(4):
+        unkilled = saved[rank]["tp2_sp_ep2_dp2"]["updates"]
+        assert resumed[rank]["tp2_sp_ep2_dp2"]["updates"] == unkilled[2:]
+        assert len({update["state"] for update in unkilled}) == 4
+    for mine, original in zip(resumed[0]["tp2_sp_ep2"]["updates"], saved[0]["tp2_sp_ep2_dp2"]["updates"][2:], strict=True):
+        assert mine["loss"] == pytest.approx(original["loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(original["grad_norm"], rel=1e-5)

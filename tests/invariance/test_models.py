@@ -8,7 +8,14 @@ import pytest
 from test_layouts import World, check, name_of
 
 DENSE = [{"layout": "tp2"}, {"layout": "pp2", "tied": True}]
-EXPERTS = [{"layout": "tp2_sp"}, {"layout": "cp2"}, {"layout": "ep2"}, {"layout": "tp2_sp_ep2"}, {"layout": "tp2_sp_etp2"}, {"layout": "pp2", "tied": True}]
+EXPERTS = [
+    {"layout": "tp2_sp"},
+    {"layout": "cp2"},
+    {"layout": "ep2"},
+    {"layout": "tp2_sp_ep2"},
+    {"layout": "tp2_sp_etp2"},
+    {"layout": "pp2", "tied": True},
+]
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
     "mistral": {"arch": "mistral"},
