@@ -26,7 +26,7 @@ from megatron_dapo.policy.optimizer import load_optimizer
 from megatron_dapo.policy.step import Policy
 
 _NAME = re.compile(r"step_(\d{6})$")
-_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}  # loads at any data-parallel size, same tensor and pipeline size
+_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}  # loads at any data-parallel size, all other sizes alike
 # Saves are synchronous, so their results may stay in this process. Megatron's own queue is a server process of every rank, which
 # takes seconds to start and outlives a kill -9.
 filesystem_async._results_queue = queue.Queue()

@@ -23,17 +23,21 @@ class Architecture:
     qk_norm: bool = False
     experts: bool = False
     refused: Mapping[str, Any] = field(default_factory=dict)  # keys of config.json, each with the only value that is supported
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers takes for keys that config.json leaves out
 
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(refused={"attention_bias": False, "mlp_bias": False}),
-    "MistralForCausalLM": Architecture(refused={"sliding_window": None}),
+    "MistralForCausalLM": Architecture(refused={"sliding_window": None}, defaults={"sliding_window": 4096}),
     "Qwen2ForCausalLM": Architecture(qkv_bias=True, refused={"use_sliding_window": False}),
-    "Qwen3ForCausalLM": Architecture(qk_norm=True, refused={"attention_bias": False, "use_sliding_window": False}),
+    "Qwen3ForCausalLM": Architecture(
+        qk_norm=True, refused={"attention_bias": False, "use_sliding_window": False}, defaults={"head_dim": 128}
+    ),
     "Qwen3MoeForCausalLM": Architecture(
         qk_norm=True,
         experts=True,
         refused={"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        defaults={"norm_topk_prob": False},
     ),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,11 +99,17 @@ def read_model(folder: Path) -> HFModel:
             f"model.path={folder}: architecture {architecture} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     kind = ARCHITECTURES[architecture]
+    config = {**kind.defaults, **config}
     for key, value in {"hidden_act": "silu", **kind.refused}.items():
         if config.get(key, value) != value:
             raise ValueError(
                 f"model.path={folder}: {key}={json.dumps(config[key])} is not supported for {architecture}, only {json.dumps(value)}"
             )
+    if kind.experts and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
+        raise ValueError(
+            f"model.path={folder}: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the weight of the one expert is "
+            "always 1, so its router would not be trained"
+        )
     heads = config["num_attention_heads"]
     theta, factor = _rope(config, folder)
     generation = folder / "generation_config.json"

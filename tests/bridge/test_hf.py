@@ -74,6 +74,22 @@ def test_an_unsupported_architecture_names_the_supported_ones(folder, architectu
     )
 
 
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes(folder):
+    from transformers import Qwen3Config, Qwen3MoeConfig
+
+    assert hf.read_model(configure(folder, **MOE)).renormalize_experts is Qwen3MoeConfig().norm_topk_prob is False
+    model = hf.read_model(configure(folder, architectures=["Qwen3ForCausalLM"], head_dim="removed"))
+    assert model.head_dim == Qwen3Config().head_dim == 128
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -84,6 +100,8 @@ def test_an_unsupported_architecture_names_the_supported_ones(folder, architectu
         ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True}, "use_sliding_window=true"),
         ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias=true"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window=4096 is not supported for Mistral"),
+        ({"architectures": ["MistralForCausalLM"]}, "sliding_window=4096"),  # what transformers takes when the key is left out
+        (MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with norm_topk_prob=true"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
     ],
