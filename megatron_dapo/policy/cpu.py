@@ -7,6 +7,7 @@ over packed sequences (Megatron's own packed attention lives in TransformerEngin
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import warnings
 from types import SimpleNamespace
@@ -173,6 +174,7 @@ def layer_spec(model: HFModel, fp8: Fp8Config | None = None, amax_group: Any = N
     if fp8 is not None:
         column, row = (quantized(kind, fp8, amax_group) for kind in (ColumnParallelLinear, RowParallelLinear))
         attention.linear_qkv, attention.linear_proj = column, row
-        mlp = spec.submodules.mlp.submodules
+        mlp: Any = spec.submodules.mlp  # a ModuleSpec, since megatron-core 0.19 a partial
+        mlp = (mlp.keywords if isinstance(mlp, functools.partial) else vars(mlp))["submodules"]
         mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec
