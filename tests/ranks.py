@@ -58,6 +58,11 @@ def main(job: str, folder: str) -> None:
     arguments = json.loads((Path(folder) / "arguments.json").read_text())
     result = getattr(importlib.import_module(module), function)(**arguments)
     (Path(folder) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # a rank that ends while its connections are open may be aborted
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
     events = profile.key_averages()
     products = [event for event in events if event.key in ("aten::mm", "aten::addmm", "aten::bmm")]
     spent = statistics.median(seconds["packed"])
+    (micro_batches,) = packed.mini_batches[0].micro_batches
+    unit = token_multiple(config.policy.fp8, config.layout.to_layout())
     ceiling = _product_ceiling()
     return {
         "tokens_per_second": round(sum(lengths) / spent, 1),
@@ -217,11 +219,11 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
         "gemm_share": round(sum(e.self_cpu_time_total for e in products) / sum(e.self_cpu_time_total for e in events), 3),
         "gemm_of_ceiling": round(sum(e.flops for e in products) / spent / ceiling, 3),
         "ceiling_gflops": round(ceiling / 1e9, 1),
-        "padding_share": 0.0,  # sequences end to end; context and sequence parallelism would pad to their multiples
+        "padding_share": round(1 - sum(lengths) / sum(round_up(sum(lengths[i] for i in m), unit) for m in micro_batches), 3),
         "padded_padding_share": round(1 - sum(lengths) / sum(padded.lengths), 3),
         "peak_extra_bytes": peak,
         "samples": len(lengths),
-        "micro_batches": len(packed.mini_batches[0].micro_batches[0]),
+        "micro_batches": len(micro_batches),
     }
 
 

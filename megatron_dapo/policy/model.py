@@ -49,19 +49,6 @@ class HeadlessGPT(GPTModel):
 def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dtype: str, on_cpu: bool) -> TransformerConfig:
     """Megatron's configuration of the model; the CPU differs only in switching off CUDA kernels and TransformerEngine's FP8."""
     compute = DTYPES[dtype]
-    cpu_options: dict[str, Any] = (
-        dict(
-            use_cpu_initialization=True,
-            gradient_accumulation_fusion=False,
-            masked_softmax_fusion=False,
-            bias_activation_fusion=False,
-            persist_layer_norm=False,
-            batch_p2p_sync=False,
-        )
-        if on_cpu
-        else dict(bias_activation_fusion=True, apply_rope_fusion=True, gradient_accumulation_fusion=False)
-        | fp8_rules.transformer_fields(policy.fp8)
-    )
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -107,7 +94,21 @@ def transformer_config(model: HFModel, layout: Layout, policy: PolicyConfig, dty
         recompute_method="uniform" if policy.recompute == "full" else None,
         recompute_num_layers=policy.recompute_layers if policy.recompute == "full" else None,
         tp_comm_overlap=policy.overlap_tensor_parallel,
-        **cpu_options,
+        **_device_options(policy, on_cpu),
+    )
+
+
+def _device_options(policy: PolicyConfig, on_cpu: bool) -> dict[str, Any]:
+    if not on_cpu:
+        fused = dict(bias_activation_fusion=True, apply_rope_fusion=True, gradient_accumulation_fusion=False)
+        return fused | fp8_rules.transformer_fields(policy.fp8)
+    return dict(
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_sync=False,
     )
 
 

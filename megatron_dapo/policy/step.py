@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,46 +91,11 @@ class Policy:
         NotFinite is raised on all ranks; with optimizer.on_nonfinite=skip_update the update is left out instead, which
         advances neither `num_updates` nor the schedule.
         """
-        mini, objective = batch.mini_batches[k], self.config.objective
-
-        def loss(hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            logprobs_R, entropy_R = self._response_logprobs(hidden, micro)
-            old_R = logprobs_R.detach() if old_logprobs_T is None else old_logprobs_T[micro.flat_R].to(self.device)
-            weights_R = importance_weights(
-                old_R,
-                micro.rollout_logprobs_R,
-                micro.samples_R,
-                level=objective.mismatch_level,
-                num_samples=len(micro.bounds) - 1,
-                group=self.place.cp_group,
-            )
-            factors_R, stay_R = correct(
-                weights_R,
-                correction=objective.mismatch_correction,
-                low=objective.mismatch_low,
-                high=objective.mismatch_high,
-            )
-            sums = dapo_loss(
-                logprobs_R,
-                old_R,
-                micro.advantages_R,
-                stay_R,
-                factors_R,
-                eps_low=objective.eps_low,
-                eps_high=objective.eps_high,
-                dual_clip=objective.dual_clip,
-            )
-            gaps = mismatch_sums(old_R, micro.rollout_logprobs_R, micro.fresh_R, weights_R, stay_R)
-            report = (sums.loss.detach(), sums.num_tokens, sums.clip_low, sums.clip_high, sums.kl_old)  # as in SUMS
-            report += (entropy_R.sum(), micro.fresh_R.sum(), gaps.kl_k1, gaps.kl_k3, gaps.masked)
-            report += (gaps.gap, gaps.weights, gaps.squares)
-            stacked = torch.stack([x.double() for x in (*report, gaps.gap_max)]).cpu()
-            return sums.loss, sums.num_tokens.int(), {"sums": stacked[:-1], "gap_max": float(stacked[-1])}
-
+        mini = batch.mini_batches[k]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._schedule(batch, k, loss, forward_only=False)
+        outputs = self._schedule(batch, k, partial(self._loss, old_logprobs_T), forward_only=False)
         totals, gap_max = self._gather(outputs)
         grad_norm = ready_gradients(self.optimizer)
         micro_losses = [float(output["sums"][0]) for output in outputs] if self.place.reports_loss else []
@@ -152,6 +118,44 @@ class Policy:
             | {"skipped_updates": Count(0), "grad_norm_spike": Count(bool(spike))},
             warnings=(spike,) * bool(spike),
         )
+
+    def _loss(
+        self, old_logprobs_T: torch.Tensor | None, hidden: torch.Tensor, micro: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Megatron's contract for one micro-batch: the sum of the loss, the number of tokens in it, what to report (SUMS)."""
+        objective = self.config.objective
+        logprobs_R, entropy_R = self._response_logprobs(hidden, micro)
+        old_R = logprobs_R.detach() if old_logprobs_T is None else old_logprobs_T[micro.flat_R].to(self.device)
+        weights_R = importance_weights(
+            old_R,
+            micro.rollout_logprobs_R,
+            micro.samples_R,
+            level=objective.mismatch_level,
+            num_samples=len(micro.bounds) - 1,
+            group=self.place.cp_group,
+        )
+        factors_R, stay_R = correct(
+            weights_R,
+            correction=objective.mismatch_correction,
+            low=objective.mismatch_low,
+            high=objective.mismatch_high,
+        )
+        sums = dapo_loss(
+            logprobs_R,
+            old_R,
+            micro.advantages_R,
+            stay_R,
+            factors_R,
+            eps_low=objective.eps_low,
+            eps_high=objective.eps_high,
+            dual_clip=objective.dual_clip,
+        )
+        gaps = mismatch_sums(old_R, micro.rollout_logprobs_R, micro.fresh_R, weights_R, stay_R)
+        report = (sums.loss.detach(), sums.num_tokens, sums.clip_low, sums.clip_high, sums.kl_old)  # as in SUMS
+        report += (entropy_R.sum(), micro.fresh_R.sum(), gaps.kl_k1, gaps.kl_k3, gaps.masked)
+        report += (gaps.gap, gaps.weights, gaps.squares)
+        stacked = torch.stack([x.double() for x in (*report, gaps.gap_max)]).cpu()
+        return sums.loss, sums.num_tokens.int(), {"sums": stacked[:-1], "gap_max": float(stacked[-1])}
 
     def _skipped(self, warning: str, mini: MiniBatch) -> StepResult:
         """An update that did not happen: counted, and nothing of it in the other metrics."""
@@ -186,7 +190,7 @@ class Policy:
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[self._micro_batches(batch, k) for _ in self.chunks],
+            data_iterator=list(itertools.tee(self._micro_batches(batch, k), len(self.chunks))),
             model=list(self.chunks),
             num_microbatches=len(batch.mini_batches[k].micro_batches[0]),
             seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
