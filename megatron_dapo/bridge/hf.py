@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,26 @@ class HFModel:
     rope_factor: float | None
     max_positions: int
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def dense(self) -> bool:
+        return not self.num_experts
+
+    @property
+    def untied(self) -> bool:
+        return not self.tied
+
+    def shape(self, sizes: Sequence[str]) -> tuple[int, ...]:
+        """The shape of a tensor from the names of its sizes, fields or properties of this class."""
+        return tuple(getattr(self, size) for size in sizes)
 
 
 def resolve_folder(model: str) -> Path:

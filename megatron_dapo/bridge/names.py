@@ -1,14 +1,15 @@
 """Megatron <-> Hugging Face parameter names, as data. Total: an unknown name raises and says which row to add.
 
-A row says which Hugging Face tensors one Megatron parameter is made of and how tensor parallelism splits it. Both of
-Megatron's layer specs are covered: the local one and TransformerEngine's, which names the layer norms by the linear layer
-they are fused with.
+A row says which Hugging Face tensors one Megatron parameter is made of, their shapes and how tensor parallelism splits it. Both of
+Megatron's layer specs are covered: the local one and TransformerEngine's, which fuses layer norms with the linear layers behind them.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_dapo.bridge.hf import HFModel
@@ -20,40 +21,74 @@ Split = Literal["replicated", "vocab", "row", "qkv", "gate_up"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    megatron: str
-    hf: tuple[str, ...]
+    megatron: tuple[str, ...]  # in the local layers and, where it has another name there, in TransformerEngine's
+    hf: Mapping[str, tuple[str, ...]]  # name -> shape, in sizes of HFModel
     split: Split
+    needs: str | None = None  # only in models that have this, a field or property of HFModel
     expert: bool = False  # split over the expert-parallel ranks, and by expert_tensor_parallel instead of tensor_parallel
 
 
 _L, _H = "decoder.layers.{i}.", "model.layers.{i}."
-_E = _H + "mlp.experts.{e}."
-_QKV = tuple(_H + f"self_attn.{p}_proj." for p in "qkv")
+_HIDDEN, _MLP_IN, _MLP_OUT = ("hidden_size",), ("ffn_size", "hidden_size"), ("hidden_size", "ffn_size")
+_ATTENTION, _EXPERT = _H + "self_attn.", _H + "mlp.experts.{e}."
+_QKV = {"q": "query_size", "k": "key_size", "v": "key_size"}
 
 ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    Row(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",), "replicated"),
-    Row(_L + "self_attention.linear_qkv.layer_norm_weight", (_H + "input_layernorm.weight",), "replicated"),
-    Row(_L + "self_attention.linear_qkv.weight", tuple(n + "weight" for n in _QKV), "qkv"),
-    Row(_L + "self_attention.linear_qkv.bias", tuple(n + "bias" for n in _QKV), "qkv"),
-    Row(_L + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), "replicated"),
-    Row(_L + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), "replicated"),
-    Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "row"),
-    Row(_L + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), "replicated"),
-    Row(_L + "mlp.linear_fc1.layer_norm_weight", (_H + "post_attention_layernorm.weight",), "replicated"),
-    Row(_L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up"),
-    Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "row"),
-    Row(_L + "mlp.router.weight", (_H + "mlp.gate.weight",), "replicated"),
+    Row(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": ("vocab_size", "hidden_size")}, "vocab"),
     Row(
-        _L + "mlp.experts.local_experts.{e}.linear_fc1.weight", (_E + "gate_proj.weight", _E + "up_proj.weight"), "gate_up", True
+        (_L + "input_layernorm.weight", _L + "self_attention.linear_qkv.layer_norm_weight"),
+        {_H + "input_layernorm.weight": _HIDDEN},
+        "replicated",
     ),
-    Row(_L + "mlp.experts.local_experts.{e}.linear_fc2.weight", (_E + "down_proj.weight",), "row", True),
-    Row(_L + "mlp.experts.linear_fc1.weight{e}", (_E + "gate_proj.weight", _E + "up_proj.weight"), "gate_up", True),
-    Row(_L + "mlp.experts.linear_fc2.weight{e}", (_E + "down_proj.weight",), "row", True),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"),
-    Row("output_layer.weight", ("lm_head.weight",), "vocab"),
+    Row(
+        (_L + "self_attention.linear_qkv.weight",),
+        {f"{_ATTENTION}{p}_proj.weight": (size, "hidden_size") for p, size in _QKV.items()},
+        "qkv",
+    ),
+    Row(
+        (_L + "self_attention.linear_qkv.bias",),
+        {f"{_ATTENTION}{p}_proj.bias": (size,) for p, size in _QKV.items()},
+        "qkv",
+        needs="qkv_bias",
+    ),
+    Row(
+        (_L + "self_attention.q_layernorm.weight",), {_ATTENTION + "q_norm.weight": ("head_dim",)}, "replicated", needs="qk_norm"
+    ),
+    Row(
+        (_L + "self_attention.k_layernorm.weight",), {_ATTENTION + "k_norm.weight": ("head_dim",)}, "replicated", needs="qk_norm"
+    ),
+    Row((_L + "self_attention.linear_proj.weight",), {_ATTENTION + "o_proj.weight": ("hidden_size", "query_size")}, "row"),
+    Row(
+        (_L + "pre_mlp_layernorm.weight", _L + "mlp.linear_fc1.layer_norm_weight"),
+        {_H + "post_attention_layernorm.weight": _HIDDEN},
+        "replicated",
+    ),
+    Row(
+        (_L + "mlp.linear_fc1.weight",),
+        {_H + "mlp.gate_proj.weight": _MLP_IN, _H + "mlp.up_proj.weight": _MLP_IN},
+        "gate_up",
+        needs="dense",
+    ),
+    Row((_L + "mlp.linear_fc2.weight",), {_H + "mlp.down_proj.weight": _MLP_OUT}, "row", needs="dense"),
+    Row((_L + "mlp.router.weight",), {_H + "mlp.gate.weight": ("num_experts", "hidden_size")}, "replicated", needs="num_experts"),
+    Row(
+        (_L + "mlp.experts.local_experts.{e}.linear_fc1.weight", _L + "mlp.experts.linear_fc1.weight{e}"),
+        {_EXPERT + "gate_proj.weight": _MLP_IN, _EXPERT + "up_proj.weight": _MLP_IN},
+        "gate_up",
+        needs="num_experts",
+        expert=True,
+    ),
+    Row(
+        (_L + "mlp.experts.local_experts.{e}.linear_fc2.weight", _L + "mlp.experts.linear_fc2.weight{e}"),
+        {_EXPERT + "down_proj.weight": _MLP_OUT},
+        "row",
+        needs="num_experts",
+        expert=True,
+    ),
+    Row(("decoder.final_layernorm.weight",), {"model.norm.weight": _HIDDEN}, "replicated"),
+    Row(("output_layer.weight",), {"lm_head.weight": ("vocab_size", "hidden_size")}, "vocab", needs="untied"),
 )
-_BY_MEGATRON = {row.megatron: row for row in ROWS}
+_BY_MEGATRON = {name: row for row in ROWS for name in row.megatron}
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 EXPERT = re.compile(r"(?<=local_experts\.)\d+|(?<=experts\.linear_fc[12]\.weight)\d+")
 
@@ -69,35 +104,23 @@ def row_of(megatron_name: str, *, tied: bool = False) -> Row:
         raise ValueError(
             f"no Hugging Face name is known for the Megatron parameter {megatron_name!r}; add a Row to ROWS in megatron_dapo/bridge/names.py"
         )
-    if tied and row.megatron == "output_layer.weight":
+    if tied and megatron_name == "output_layer.weight":
         row = _BY_MEGATRON["embedding.word_embeddings.weight"]
     i, e = layer.group() if layer else "", expert.group() if expert else ""
-    names = tuple(name.replace("{i}", i).replace("{e}", e) for name in row.hf)
-    return Row(megatron_name, names, row.split, row.expert)
+    return replace(row, megatron=(megatron_name,), hf={name.format(i=i, e=e): sizes for name, sizes in row.hf.items()})
 
 
 def hf_shapes(model: HFModel) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face checkpoint, layer by layer (embeddings first, head last)."""
-    q, kv, h = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, h)}
-    for i in range(model.num_layers):
-        prefix = f"model.layers.{i}."
-        shapes[prefix + "input_layernorm.weight"] = (h,)
-        for name, rows in (("q", q), ("k", kv), ("v", kv)):
-            shapes[prefix + f"self_attn.{name}_proj.weight"] = (rows, h)
-            if model.qkv_bias:
-                shapes[prefix + f"self_attn.{name}_proj.bias"] = (rows,)
-        if model.qk_norm:
-            shapes |= {prefix + f"self_attn.{name}_norm.weight": (model.head_dim,) for name in "qk"}
-        shapes[prefix + "self_attn.o_proj.weight"] = (h, q)
-        shapes[prefix + "post_attention_layernorm.weight"] = (h,)
-        if model.num_experts:
-            shapes[prefix + "mlp.gate.weight"] = (model.num_experts, h)
-        for mlp in [f"mlp.experts.{e}." for e in range(model.num_experts)] or ["mlp."]:
-            shapes[prefix + mlp + "gate_proj.weight"] = (model.ffn_size, h)
-            shapes[prefix + mlp + "up_proj.weight"] = (model.ffn_size, h)
-            shapes[prefix + mlp + "down_proj.weight"] = (h, model.ffn_size)
-    shapes["model.norm.weight"] = (h,)
-    if not model.tied:
-        shapes["lm_head.weight"] = (model.vocab_size, h)
+    """Name and shape of every tensor of the Hugging Face checkpoint, layer by layer (embeddings first, head last). Source: ROWS."""
+    rows = [row for row in ROWS if row.needs is None or getattr(model, row.needs)]
+    shapes = {}
+    for in_layer, members in itertools.groupby(rows, lambda row: row.megatron[0].startswith(_L)):
+        per_layer = [
+            (name, e, model.shape(sizes))
+            for row in members
+            for e in range(model.num_experts if row.expert else 1)
+            for name, sizes in row.hf.items()
+        ]
+        for i in range(model.num_layers if in_layer else 1):
+            shapes |= {name.format(i=i, e=e): shape for name, e, shape in per_layer}
     return shapes

@@ -30,21 +30,20 @@ def pieces(megatron_name: str, model: HFModel, *, tp: int, tp_rank: int) -> list
     """
     row = row_of(megatron_name, tied=model.tied)
     if row.split == "qkv":
-        return _qkv(row.hf, model, tp, tp_rank)
-    (whole,) = row.hf[:1]
-    if row.split == "replicated":
-        rows = {"q_norm": model.head_dim, "k_norm": model.head_dim, "gate": model.num_experts}
-        return [Piece(whole, 0, 0, 0, rows.get(whole.split(".")[-2], model.hidden_size))]
-    if row.split == "vocab":
-        part = padded_vocab(model.vocab_size, tp) // tp
-        size = min(part, model.vocab_size - part * tp_rank)
-        return [Piece(whole, 0, part * tp_rank, 0, size)] if size > 0 else []
+        return _qkv(tuple(row.hf), model, tp, tp_rank)
     if row.split == "gate_up":
-        part = model.ffn_size // tp
+        part = model.shape(row.hf[next(iter(row.hf))])[0] // tp
         return [Piece(name, 0, part * tp_rank, part * k, part) for k, name in enumerate(row.hf)]
-    columns = model.ffn_size if whole.endswith("down_proj.weight") else model.num_heads * model.head_dim
-    part = columns // tp
-    return [Piece(whole, 1, part * tp_rank, 0, part)]
+    ((whole, sizes),) = row.hf.items()
+    shape = model.shape(sizes)
+    if row.split == "replicated":
+        return [Piece(whole, 0, 0, 0, shape[0])]
+    if row.split == "row":
+        part = shape[1] // tp
+        return [Piece(whole, 1, part * tp_rank, 0, part)]
+    part = padded_vocab(shape[0], tp) // tp
+    size = min(part, shape[0] - part * tp_rank)
+    return [Piece(whole, 0, part * tp_rank, 0, size)] if size > 0 else []
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:

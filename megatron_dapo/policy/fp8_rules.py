@@ -90,11 +90,10 @@ def check_model(fp8: Fp8Config, model: HFModel, layout: Layout) -> None:
     if model.num_experts:
         raise ValueError("policy.fp8 is not supported for models with experts yet; set policy.fp8=null")
     multiple = MULTIPLE[fp8.recipe]
-    heads = model.num_heads * model.head_dim
     for name, size, tp in (
         ("hidden size", model.hidden_size, 1),
-        ("query, key and value size", heads + 2 * model.num_kv_heads * model.head_dim, layout.tp),
-        ("size of all heads", heads, layout.tp),
+        ("query, key and value size", model.query_size + 2 * model.key_size, layout.tp),
+        ("size of all heads", model.query_size, layout.tp),
         ("MLP size", model.ffn_size, layout.tp),
     ):
         if size % (tp * multiple):

@@ -82,12 +82,18 @@ def megatron_names(model, transformer_engine: bool) -> list[str]:
         layer = [
             "self_attention.linear_qkv.weight",
             "self_attention.linear_proj.weight",
-            "mlp.linear_fc1.weight",
-            "mlp.linear_fc2.weight",
         ]
+        if model.num_experts:
+            layer += ["mlp.router.weight"]
+            one = "experts.linear_fc{k}.weight{e}" if transformer_engine else "experts.local_experts.{e}.linear_fc{k}.weight"
+            layer += ["mlp." + one.format(e=e, k=k) for e in range(model.num_experts) for k in (1, 2)]
+        else:
+            layer += ["mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+        layer += [f"self_attention.{name}_layernorm.weight" for name in "qk" if model.qk_norm]
         layer += ["self_attention.linear_qkv.bias"] * model.qkv_bias
         if transformer_engine:
-            layer += ["self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight"]
+            mlp_norm = "pre_mlp_layernorm.weight" if model.num_experts else "mlp.linear_fc1.layer_norm_weight"
+            layer += ["self_attention.linear_qkv.layer_norm_weight", mlp_norm]
         else:
             layer += ["input_layernorm.weight", "pre_mlp_layernorm.weight"]
         names += [f"decoder.layers.{i}.{name}" for name in layer]
@@ -103,6 +109,7 @@ def megatron_names(model, transformer_engine: bool) -> list[str]:
         (2, {"vocab_size": 8, "qkv_bias": False}),
         (4, {"num_heads": 12, "num_kv_heads": 4, "head_dim": 2, "ffn_size": 8, "vocab_size": 13}),
         (4, {"num_heads": 4, "num_kv_heads": 4, "ffn_size": 4, "vocab_size": 5}),
+        (2, {"qk_norm": True, "qkv_bias": False, "num_experts": 3}),
     ],
 )
 def test_the_ranks_cover_every_element_once(tp, changes, transformer_engine):
@@ -110,7 +117,7 @@ def test_the_ranks_cover_every_element_once(tp, changes, transformer_engine):
     covered = {name: torch.zeros(shape, dtype=torch.int) for name, shape in hf_shapes(model).items()}
     for rank in range(tp):
         for name in megatron_names(model, transformer_engine):
-            replicated = name.endswith(("layernorm.weight", "layer_norm_weight"))
+            replicated = name.endswith(("layernorm.weight", "layer_norm_weight", "router.weight"))
             end = 0
             for piece in pieces(name, model, tp=tp, tp_rank=rank):
                 assert piece.start == end and piece.size > 0  # a shard is filled from its start without gaps
