@@ -204,7 +204,10 @@ class OptimizerConfig(Section):
     decay_updates: PositiveInt | None = Field(default=None, description="Updates over which cosine decays; required for cosine.")
     distributed: bool = Field(default=True, description="Shard the optimizer state over data-parallel ranks.")
     cpu_offload: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the optimizer state that is kept, and updated, in host memory (GPU only)."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the optimizer state that is kept, and updated, in host memory; needs bf16 and distributed.",
     )
 
 
@@ -366,6 +369,11 @@ class RunConfig(Section):
             )
         if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
             raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
+        if self.optimizer.cpu_offload and not (self.model.dtype == "bf16" and self.optimizer.distributed):
+            raise ValueError(
+                f"optimizer.cpu_offload={self.optimizer.cpu_offload} needs model.dtype=bf16 and optimizer.distributed=true: Megatron "
+                "offloads the sharded fp32 master weights of bf16 parameters; set both, or cpu_offload to 0"
+            )
 
     def _check_fp8(self, fp8: Fp8Config) -> None:
         """What is wrong whatever the model and the hardware; policy/fp8_rules.py knows the rest."""
@@ -380,6 +388,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"policy.fp8.param_gather=true needs model.dtype=bf16, not {self.model.dtype}: fp32 weights have no master copy to "
                 "quantise from"
+            )
+        if fp8.param_gather and fp8.recipe != "delayed" and self.optimizer.cpu_offload:
+            raise ValueError(
+                f"policy.fp8.param_gather=true with policy.fp8.recipe={fp8.recipe} does not work with optimizer.cpu_offload="
+                f"{self.optimizer.cpu_offload}: Megatron has no bf16 shards to update; set one of them to false or 0"
             )
 
     def dump(self) -> str:

@@ -73,18 +73,15 @@ def check(config: RunConfig) -> None:
             f"chunk; use one of {[d for d in range(1, per_chunk + 1) if per_chunk % d == 0]}"
         )
     if on_cpu(config):
-        if config.layout.expert_parallel > 1 and config.layout.expert_tensor_parallel > 1:
-            raise ValueError(
-                f"layout.expert_tensor_parallel={config.layout.expert_tensor_parallel} with layout.expert_parallel="
-                f"{config.layout.expert_parallel} needs a GPU: gloo cannot gather different numbers of tokens; set one of them to 1"
-            )
         for key, value in (
             ("policy.overlap_tensor_parallel", config.policy.overlap_tensor_parallel),
-            ("optimizer.cpu_offload", config.optimizer.cpu_offload),
             ("policy.recompute_modules", "moe_act" in config.policy.recompute_modules and config.policy.recompute_modules),
         ):
             if value:
                 raise ValueError(f"{key}={value} needs a GPU and run.device=cpu has none; drop it for runs on the CPU")
+    modules = config.policy.recompute_modules
+    if not model.num_experts and {"moe", "moe_act"} & set(modules):
+        raise ValueError(f"policy.recompute_modules={modules}: moe and moe_act need a model with experts; take them out")
     if config.policy.fp8 is not None:
         fp8_rules.check(config.policy.fp8, model, config.layout.to_layout(), config.model.dtype, on_cpu=on_cpu(config))
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens

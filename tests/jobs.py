@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name -> ranks, overrides
     "tp2_sp": (2, ["layout.tensor_parallel=2", "layout.sequence_parallel=true"]),
     "pp2": (2, ["layout.pipeline_parallel=2"]),
     "dp2": (2, ["layout.data_parallel=2"]),
+    "dp2_offload": (2, ["layout.data_parallel=2", "model.dtype=bf16", "optimizer.cpu_offload=0.5"]),
     "tp2_pp2": (4, ["layout.tensor_parallel=2", "layout.pipeline_parallel=2"]),
     "ep2": (2, ["layout.data_parallel=2", "layout.expert_parallel=2"]),
     "tp2_sp_ep2": (2, ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.expert_parallel=2"]),
@@ -34,6 +35,17 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {  # name -> ranks, overrides
         4,
         ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "layout.expert_parallel=2", "layout.data_parallel=2"],
     ),
+    "tp2_sp_ep2_etp2_dp2": (
+        4,
+        [
+            "layout.tensor_parallel=2",
+            "layout.sequence_parallel=true",
+            "layout.expert_parallel=2",
+            "layout.expert_tensor_parallel=2",
+            "layout.data_parallel=2",
+        ],
+    ),
+    "ep2_etp2_dp4": (4, ["layout.data_parallel=4", "layout.expert_parallel=2", "layout.expert_tensor_parallel=2"]),
     "tp2_sp_ep2_pp2": (
         4,
         [
@@ -192,15 +204,16 @@ def _state(policy: Any) -> str:
     """Digest of this rank's parameters and of all of its optimizer state."""
     import hashlib
 
-    digest = hashlib.sha256()
-    for parameter in itertools.chain(*(chunk.parameters() for chunk in policy.chunks)):
-        digest.update(parameter.detach().numpy().tobytes())
+    tensors = list(itertools.chain(*(chunk.parameters() for chunk in policy.chunks)))
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                digest.update(parameter.detach().numpy().tobytes())
-                for name in ("step", "exp_avg", "exp_avg_sq"):
-                    digest.update(torch.as_tensor(part.optimizer.state[parameter][name]).numpy().tobytes())
+                state = part.optimizer.state[parameter]
+                tensors += [parameter, *(torch.as_tensor(state[name]) for name in ("step", "exp_avg", "exp_avg_sq"))]
+                tensors += [state["master_param"]] if "master_param" in state else []
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

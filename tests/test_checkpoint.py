@@ -11,7 +11,7 @@ from tiny import make_tiny_model
 
 from megatron_dapo import checkpoint
 
-LAYOUTS = ["dp2", "tp2_pp2", "pp2_vpp2"]
+LAYOUTS = ["dp2", "tp2_pp2", "pp2_vpp2", "dp2_offload"]
 
 
 @pytest.fixture(scope="module")

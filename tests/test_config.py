@@ -170,6 +170,14 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
         (["data.template=Solve it"], "data.template='Solve it' must hold {prompt}"),
         (["data.few_shot=[{prompt: a, response: b}]"], "data.few_shot needs data.chat=true"),
         (["optimizer.decay=cosine"], "optimizer.decay=cosine needs optimizer.decay_updates"),
+        (
+            ["optimizer.cpu_offload=0.5", "model.dtype=fp32"],
+            "optimizer.cpu_offload=0.5 needs model.dtype=bf16 and optimizer.distributed=true",
+        ),
+        (
+            ["optimizer.cpu_offload=0.5", "optimizer.distributed=false"],
+            "optimizer.cpu_offload=0.5 needs model.dtype=bf16 and optimizer.distributed=true",
+        ),
         (["objective.mismatch_low=0.5"], "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not none"),
         (
             ["objective.mismatch_low=0.5", "objective.mismatch_correction=truncate"],

@@ -121,10 +121,12 @@ def read_model(folder: Path) -> HFModel:
     kind = ARCHITECTURES[architecture]
     config = {**kind.defaults, **config}
     for key, value in {"hidden_act": "silu", **kind.refused}.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             raise ValueError(
                 f"model.path={folder}: {key}={json.dumps(config[key])} is not supported for {architecture}, only {json.dumps(value)}"
             )
+    if kinds := set(config.get("layer_types") or []) - {"full_attention"}:
+        raise ValueError(f"model.path={folder}: layer_types {sorted(kinds)} are not supported, only full_attention")
     if kind.experts and config["num_experts_per_tok"] == 1 and config["norm_topk_prob"]:
         raise ValueError(
             f"model.path={folder}: num_experts_per_tok=1 with norm_topk_prob=true is not supported: the weight of the one expert is "

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import optimizer_config
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel import random as rng
@@ -28,7 +30,7 @@ from megatron_dapo.policy.forward import zigzag
 from megatron_dapo.policy.fp8 import quantized
 
 _CPU = torch.device("cpu")
-_gloo_all_to_all_single = dist.all_to_all_single
+_gloo_all_gather, _gloo_all_to_all_single = dist.all_gather, dist.all_to_all_single
 
 
 class _CudaMeansCpu(TorchFunctionMode):
@@ -37,6 +39,7 @@ class _CudaMeansCpu(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
+        kwargs.pop("pin_memory", None)
         if device is not None and device is not _CPU and (isinstance(device, int) or torch.device(device).type == "cuda"):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.cuda:
@@ -46,10 +49,54 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _AsOnGpu(TorchFunctionMode):
+    """While this mode is on, a tensor says that it is on a GPU, unless it was made by `cpu()` or from one that was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on_host: dict[int, torch.Tensor] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return id(args[0]) not in self._on_host
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and (func is torch.Tensor.cpu or id(args[0]) in self._on_host):
+            self._on_host[id(result)] = result
+        return result
+
+
+_host_copies = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+
+def _host_copies_on_host(self: HybridDeviceOptimizer, offload_fraction: float) -> Any:
+    """What optimizer.cpu_offload makes: copies on the host of a share of the GPU's parameters. Here both are on the host."""
+    with _AsOnGpu():
+        return _host_copies(self, offload_fraction)
+
+
 def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
     """Megatron's token dispatcher hands over split sizes as tensors, which gloo does not take."""
     received, sent = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
     return _gloo_all_to_all_single(output, input, received, sent, **kwargs)
+
+
+def _all_gather(outputs, input, group=None, async_op=False):
+    """gloo gathers equal shapes only; experts that are split over ranks gather each rank's own number of tokens."""
+    if len({output.shape for output in outputs}) == 1:
+        return _gloo_all_gather(outputs, input, group=group, async_op=async_op)
+    received = input.new_empty(sum(len(output) for output in outputs), *input.shape[1:])
+    copies = torch.cat([input] * len(outputs))
+    _gloo_all_to_all_single(received, copies, [len(output) for output in outputs], [len(input)] * len(outputs), group=group)
+    for output, part in zip(outputs, received.split([len(output) for output in outputs]), strict=True):
+        output.copy_(part)
+
+
+def _reduce_scatter(output, inputs, group=None):
+    """The sum over ranks of their inputs for this rank, of which gloo wants equal shapes too."""
+    received = output.new_empty(len(inputs), *output.shape)
+    sizes = [len(input) for input in inputs]
+    _gloo_all_to_all_single(received.flatten(0, 1), torch.cat(inputs), [len(output)] * len(inputs), sizes, group=group)
+    torch.sum(received, 0, out=output)
 
 
 class _Event:
@@ -88,7 +135,10 @@ def install() -> None:
         setattr(rng, name, lambda **kwargs: contextlib.nullcontext())
     rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)  # type: ignore[attr-defined]
     moe_utils.te_general_gemm = None  # undefined without TransformerEngine
-    dist.all_to_all_single = _all_to_all_single
+    optimizer_config.is_te_min_version = lambda *args: False  # fails without TransformerEngine
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = _host_copies_on_host  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[assignment]
+    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = _all_to_all_single, _all_gather, _reduce_scatter
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -48,6 +50,7 @@ def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str, fp8:
             bf16=dtype == "bf16",
             params_dtype=torch.bfloat16 if dtype == "bf16" else torch.float32,
             use_distributed_optimizer=config.distributed,
+            use_precision_aware_optimizer=config.cpu_offload > 0,  # whose code path offloading takes
             optimizer_cpu_offload=config.cpu_offload > 0,
             optimizer_offload_fraction=config.cpu_offload,
             overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
@@ -70,7 +73,9 @@ def apply_gradients(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
     """The rest of Megatron's `optimizer.step`, which has no place to look at the norm in: clip, AdamW, gather the parameters."""
     for part in _parts(optimizer):
         if clip_grad > 0 and (parameters := part.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters, clip_grad, grad_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            )
     optimizer.step_with_ready_grads()
 
 
@@ -80,8 +85,13 @@ def _parts(optimizer: Any) -> list[Any]:
 
 def _allocate_state(optimizer: Any) -> None:
     """Give torch's AdamW its state before the first step: Megatron can neither save nor load it otherwise."""
-    for parameter, state in _torch_states(optimizer):
-        state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    for part in _parts(optimizer):
+        offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
+        for inner in part.optimizer.sub_optimizers if offloaded else [part.optimizer]:
+            for parameter, state in _torch_states(inner):
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
+        if offloaded:
+            part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
@@ -89,15 +99,14 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
     shared counter, which each update would advance once per parameter."""
     optimizer.load_state_dict(state_dict)
     if USING_PYTORCH_OPTIMIZER:
-        for _, state in _torch_states(optimizer):
+        for _, state in itertools.chain(*(_torch_states(part.optimizer) for part in _parts(optimizer))):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
-def _torch_states(optimizer: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    for part in _parts(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                yield parameter, part.optimizer.state[parameter]
+def _torch_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield parameter, optimizer.state[parameter]
 
 
 def build_schedule(config: OptimizerConfig, optimizer: Any) -> OptimizerParamScheduler:

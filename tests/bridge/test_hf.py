@@ -104,10 +104,16 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(folder):
         (MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1 with norm_topk_prob=true"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ({"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types ['sliding_attention'] are not supported"),
     ],
 )
 def test_options_that_would_train_another_model(folder, changes, words):
     refuse(configure(folder, **changes), words)
+
+
+def test_null_is_what_transformers_takes_for_it(folder):
+    hf.read_model(configure(folder, attention_bias=None, layer_types=["full_attention"] * 2))
+    hf.read_model(configure(folder, **MOE, mlp_only_layers=None, norm_topk_prob=False))
 
 
 LLAMA3 = {

@@ -21,7 +21,8 @@ LR, EPS = 1e-3, 1e-5
 RELATIVE = 1e-5  # of loss, gradient norm and, by parameter, the length of the gradient's error
 WEIGHTS = 2e-5  # absolute, after three updates that move a weight by up to 3e-3
 
-BASE = {"layout": "tp1", "tied": False, "num_updates": 2, "budget": "half", "distributed": True, "policy": (), "dtype": "fp32"}
+BASE = {"layout": "tp1", "tied": False, "num_updates": 2, "budget": "half", "distributed": True, "dtype": "fp32"}
+BASE |= {"policy": (), "offload": 0.0}
 RECOMPUTE_ALL = ("recompute=full",)
 RECOMPUTE_SOME = ("recompute=selective", "recompute_modules=[core_attn,mlp,layernorm]")
 OVERLAP = ("overlap_grad_reduce=true", "overlap_param_gather=true")
@@ -53,6 +54,10 @@ ON_2 = [
     {"layout": "dp2", "policy": OVERLAP},
 ]
 BF16 = [{"layout": layout, "dtype": "bf16"} for layout in ("tp1", "tp2_sp", "pp2_vpp2", "cp2", "dp2")]
+OFFLOAD = [
+    {"layout": "dp2", "dtype": "bf16", "offload": 1.0},
+    {"layout": "dp2", "dtype": "bf16", "offload": 0.5, "policy": OVERLAP},
+]
 ON_4 = [
     {"layout": "tp2_sp_pp2"},
     {"layout": "tp2_cp2"},
@@ -86,6 +91,7 @@ def name_of(case: dict[str, Any]) -> str:
     case = BASE | case
     words = [case["layout"], "tied" if case["tied"] else "untied", f"{case['num_updates']}up", case["budget"]]
     words += ["bf16"] * (case["dtype"] == "bf16")
+    words += [f"offload_{case['offload']}"] * (case["offload"] > 0)
     words += [word.replace("=true", "").replace("=", "_") for word in case["policy"]]
     return "-".join(words) + ("" if case["distributed"] else "-whole")
 
@@ -133,7 +139,7 @@ class World:
         for case in cases:
             full = BASE | case
             overrides = [f"optimizer.lr={LR}", f"optimizer.eps={EPS}", f"optimizer.distributed={full['distributed']}"]
-            overrides += [f"model.dtype={full['dtype']}"]
+            overrides += [f"model.dtype={full['dtype']}", f"optimizer.cpu_offload={full['offload']}"]
             overrides += [f"policy.{item}" for item in full["policy"]]
             runs.append(full | {"name": name_of(case), "model": self.models[full["tied"]], "overrides": overrides})
         old = {self.models[tied]: torch.cat(parts).tolist() for tied, parts in self.old.items()}
@@ -161,7 +167,7 @@ def on_2(world):
 
 @pytest.fixture(scope="module")
 def on_2_in_bf16(world):
-    return world.measure(2, BF16)
+    return world.measure(2, BF16 + [{"layout": "dp2", "dtype": "bf16", "policy": OVERLAP}, *OFFLOAD])
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +221,16 @@ def test_bf16_stays_close_to_the_reference(world, on_2_in_bf16, case):
     first = next(ranks[name_of(case)] for ranks in on_2_in_bf16 if name_of(case) in ranks)[0]
     assert first["loss"] == pytest.approx(loss, rel=2e-2)
     assert first["grad_norm"] == pytest.approx(grad_norm, rel=2e-2)
+
+
+@pytest.mark.parametrize("case", OFFLOAD, ids=name_of)
+def test_an_offloaded_optimizer_changes_no_bit(world, on_2_in_bf16, case):
+    name, plain = name_of(case), name_of(case | {"offload": 0.0})
+    for ranks in on_2_in_bf16:
+        assert ranks[name] == ranks[plain]
+    found, expected = world.exported(name), world.exported(plain)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("case", ON_8, ids=name_of)

@@ -26,6 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
 CASES = [(name, case) for name in ("llama", "mistral", "qwen3") for case in DENSE] + [("qwen3_moe", case) for case in EXPERTS]
 SLOW = [
     ("qwen3_moe", 4, {"layout": "tp2_sp_ep2_dp2"}),
+    ("qwen3_moe", 4, {"layout": "tp2_sp_ep2_etp2_dp2"}),
+    ("qwen3_moe", 4, {"layout": "ep2_etp2_dp4"}),
     ("qwen3_moe", 4, {"layout": "pp2_ep2_cp2", "budget": "one"}),
     ("qwen3_moe-not_renormalized", 2, {"layout": "ep2"}),
     ("qwen3", 4, {"layout": "tp2_sp_cp2"}),

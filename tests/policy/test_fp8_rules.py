@@ -268,3 +268,11 @@ def test_the_version_that_is_installed(monkeypatch):
     assert fp8_rules.transformer_engine_version() == (2, 9)
     monkeypatch.undo()
     assert fp8_rules.transformer_engine_version() is None  # no CPU stack has it
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8"])
+def test_fp8_weights_are_not_offloaded(recipe):
+    options = ["model.path=m", "policy.fp8.param_gather=true", "optimizer.cpu_offload=1.0"]
+    with pytest.raises(ValueError, match=rf"policy\.fp8\.recipe={recipe} does not work with optimizer\.cpu_offload=1"):
+        RunConfig.load(None, [*options, f"policy.fp8.recipe={recipe}"])
+    RunConfig.load(None, [*options, "policy.fp8.recipe=delayed"])
