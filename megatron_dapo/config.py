@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from megatron_dapo.layout import Layout, round_up
+from megatron_dapo.config_rules import check
+from megatron_dapo.layout import Layout
 
 
 class Section(BaseModel):
@@ -311,89 +312,8 @@ class RunConfig(Section):
             config = cls.model_validate(values)
         except ValidationError as error:
             raise ValueError("configuration: " + "; ".join(_explain(e) for e in error.errors())) from error
-        config.check()
+        check(config)
         return config
-
-    def check(self) -> None:
-        """Rules between fields; raises ValueError before any process starts."""
-        layout, sampling = self.layout.to_layout(), self.sampling
-        policy = self.policy
-        if policy.overlap_param_gather and not (policy.overlap_grad_reduce and self.optimizer.distributed):
-            raise ValueError(
-                "policy.overlap_param_gather=true needs policy.overlap_grad_reduce=true and optimizer.distributed=true; set both or drop it"
-            )
-        if policy.overlap_tensor_parallel and not layout.sp:
-            raise ValueError(
-                "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the overlap"
-            )
-        if policy.fp8 is not None:
-            self._check_fp8(policy.fp8)
-        num_samples = sampling.prompts_per_step * sampling.samples_per_prompt
-        parts = self.batch.updates_per_step * layout.dp
-        if num_samples % parts:
-            raise ValueError(
-                f"sampling.prompts_per_step x sampling.samples_per_prompt = {num_samples} samples do not divide into "
-                f"batch.updates_per_step={self.batch.updates_per_step} x layout.data_parallel={layout.dp}; change one of the four"
-            )
-        if sampling.low > sampling.high or (sampling.low == sampling.high and not sampling.inclusive):
-            raise ValueError(f"sampling.low={sampling.low} leaves nothing below sampling.high={sampling.high}; lower it")
-        if sampling.prompt_cap < sampling.prompts_per_step:
-            raise ValueError(
-                f"sampling.max_prompts={sampling.max_prompts} is below sampling.prompts_per_step={sampling.prompts_per_step}; raise it"
-            )
-        if self.reward.overlong_cache > self.rollout.max_tokens:
-            raise ValueError(
-                f"reward.overlong_cache={self.reward.overlong_cache} exceeds rollout.max_tokens={self.rollout.max_tokens}; lower it"
-            )
-        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
-        padded = round_up(longest, layout.sequence_multiple)
-        if self.batch.max_tokens < padded:
-            raise ValueError(
-                f"batch.max_tokens={self.batch.max_tokens} is below the longest possible sample, data.max_prompt_tokens + "
-                f"rollout.max_tokens = {longest}; raise it to at least {padded}"
-            )
-        if self.run.verify_sync and not self.checkpoint.export_hf:
-            raise ValueError("run.verify_sync=true compares with the exported checkpoint; set checkpoint.export_hf=true")
-        if self.evaluation.temperature == 0 and self.evaluation.samples > 1:
-            raise ValueError(
-                f"evaluation.temperature=0 is greedy, so evaluation.samples={self.evaluation.samples} would all be equal; set it to 1"
-            )
-        if "{prompt}" not in self.data.template:
-            raise ValueError(f"data.template={self.data.template!r} must hold {{prompt}}, where the problem goes")
-        if self.data.few_shot and not self.data.chat:
-            raise ValueError("data.few_shot needs data.chat=true; put the examples into data.template otherwise")
-        if self.objective.mismatch_low is not None and self.objective.mismatch_correction != "mask":
-            raise ValueError(
-                f"objective.mismatch_low={self.objective.mismatch_low} is for objective.mismatch_correction=mask, not "
-                f"{self.objective.mismatch_correction}; set it to null or mask"
-            )
-        if self.optimizer.decay == "cosine" and self.optimizer.decay_updates is None:
-            raise ValueError("optimizer.decay=cosine needs optimizer.decay_updates, the number of updates over which it decays")
-        if self.optimizer.cpu_offload and not (self.model.dtype == "bf16" and self.optimizer.distributed):
-            raise ValueError(
-                f"optimizer.cpu_offload={self.optimizer.cpu_offload} needs model.dtype=bf16 and optimizer.distributed=true: Megatron "
-                "offloads the sharded fp32 master weights of bf16 parameters; set both, or cpu_offload to 0"
-            )
-
-    def _check_fp8(self, fp8: Fp8Config) -> None:
-        """What is wrong whatever the model and the hardware; policy/fp8_rules.py knows the rest."""
-        if fp8.recipe == "delayed" and fp8.first_last_bf16:
-            raise ValueError(
-                "policy.fp8.first_last_bf16=true does not work with policy.fp8.recipe=delayed, whose scales are updated for all layers "
-                "at once; use another recipe or set it to false"
-            )
-        if fp8.param_gather and not self.optimizer.distributed:
-            raise ValueError("policy.fp8.param_gather=true needs optimizer.distributed=true, which is what gathers parameters")
-        if fp8.param_gather and self.model.dtype != "bf16":
-            raise ValueError(
-                f"policy.fp8.param_gather=true needs model.dtype=bf16, not {self.model.dtype}: fp32 weights have no master copy to "
-                "quantise from"
-            )
-        if fp8.param_gather and fp8.recipe != "delayed" and self.optimizer.cpu_offload:
-            raise ValueError(
-                f"policy.fp8.param_gather=true with policy.fp8.recipe={fp8.recipe} does not work with optimizer.cpu_offload="
-                f"{self.optimizer.cpu_offload}: Megatron has no bf16 shards to update; set one of them to false or 0"
-            )
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `RunConfig.load` of it gives an equal RunConfig."""
