@@ -224,7 +224,13 @@ def layer_spec(model: HFModel, fp8: Fp8Config | None = None, amax_group: Any = N
     if fp8 is not None:
         column, row = (quantized(kind, fp8, amax_group) for kind in (ColumnParallelLinear, RowParallelLinear))
         attention.linear_qkv, attention.linear_proj = column, row
-        mlp: Any = spec.submodules.mlp  # a ModuleSpec, since megatron-core 0.19 a partial
-        mlp = (mlp.keywords if isinstance(mlp, functools.partial) else vars(mlp))["submodules"]
+        mlp = _submodules(spec.submodules.mlp)
+        if model.num_experts:
+            mlp = _submodules(mlp.experts)
         mlp.linear_fc1, mlp.linear_fc2 = column, row
     return spec
+
+
+def _submodules(part: Any) -> Any:
+    """Those of a ModuleSpec or, since megatron-core 0.19, of a partial."""
+    return (part.keywords if isinstance(part, functools.partial) else vars(part))["submodules"]

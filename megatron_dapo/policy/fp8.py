@@ -75,6 +75,8 @@ class Quantizer:
     def __call__(self, x_RC: torch.Tensor, role: str, *, along: int) -> torch.Tensor:
         """The fp32 values [R, C] that the product contracting dimension `along` sees of `x_RC`."""
         dtype, recipe = self._dtype(role), self.fp8.recipe
+        if not x_RC.numel():  # an expert that no token was sent to
+            return x_RC
         if recipe == "delayed":
             self.amax[role] = max(self.amax[role], float(x_RC.abs().max()))
             scale = torch.tensor(self.scale[role])

@@ -87,20 +87,22 @@ def check_model(fp8: Fp8Config, model: HFModel, layout: Layout) -> None:
         raise ValueError(
             f"policy.fp8.first_last_bf16=true leaves none of the model's {model.num_layers} layers in FP8; set it to false"
         )
-    if model.num_experts:
-        raise ValueError("policy.fp8 is not supported for models with experts yet; set policy.fp8=null")
     multiple = MULTIPLE[fp8.recipe]
-    for name, size, tp in (
-        ("hidden size", model.hidden_size, 1),
-        ("query, key and value size", model.query_size + 2 * model.key_size, layout.tp),
-        ("size of all heads", model.query_size, layout.tp),
-        ("MLP size", model.ffn_size, layout.tp),
+    for name, size, key, parts in (
+        ("hidden size", model.hidden_size, "tensor_parallel", 1),
+        ("query, key and value size", model.query_size + 2 * model.key_size, "tensor_parallel", layout.tp),
+        ("size of all heads", model.query_size, "tensor_parallel", layout.tp),
+        (
+            "MLP size",
+            model.ffn_size,
+            *(("tensor_parallel", layout.tp) if model.dense else ("expert_tensor_parallel", layout.etp)),
+        ),
     ):
-        if size % (tp * multiple):
-            fits = [r for r, m in MULTIPLE.items() if size % (tp * m) == 0]
+        if size % (parts * multiple):
+            fits = [r for r, m in MULTIPLE.items() if size % (parts * m) == 0]
             raise ValueError(
                 f"policy.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but the model's {name} {size} over "
-                f"layout.tensor_parallel={tp} is {size / tp:g} on each rank; lower layout.tensor_parallel"
+                f"layout.{key}={parts} is {size / parts:g} on each rank; lower layout.{key}"
                 + (f" or use recipe {' or '.join(fits)}" if fits else " or set policy.fp8=null")
             )
 

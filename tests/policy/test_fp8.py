@@ -14,7 +14,6 @@ from ranks import run_ranks
 from tiny import make_tiny_model
 
 from megatron_dapo.config import Fp8Config
-from megatron_dapo.layout import Layout
 from megatron_dapo.policy.fp8 import E4M3, E5M2, QuantizedProduct, Quantizer, block_scales, round_trip, scale_of
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
@@ -247,10 +246,10 @@ RUNS: list[tuple[str, str, list[str]]] = [
 ]
 
 
-def measure(model: str, folder: str) -> dict[str, Any]:
+def measure(model: str, folder: str, runs: list[tuple[str, str, list[str]]]) -> dict[str, Any]:
     """Log-probabilities before and after an update, its report, and the tokens of the micro-batches, of every run."""
     found = {}
-    for number, (name, layout, overrides) in enumerate(RUNS):
+    for number, (name, layout, overrides) in enumerate(runs):
         with open_policy(layout, model, f"{folder}/{number}.store", overrides) as policy:
             if policy is None:
                 continue
@@ -281,7 +280,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(model, tmp_path_factory):
-    return run_ranks("policy.test_fp8:measure", 2, model=str(model), folder=str(tmp_path_factory.mktemp("stores")))
+    return run_ranks("policy.test_fp8:measure", 2, model=str(model), folder=str(tmp_path_factory.mktemp("stores")), runs=RUNS)
 
 
 def of_transformers(folder: Any, recipe: str, layers: range) -> torch.Tensor:
@@ -363,7 +362,7 @@ def test_micro_batches_are_padded(measured, recipe, multiple):
     assert [-(-tokens // multiple) * multiple for tokens in plain] == measured[0][f"tp1 {recipe}"]["tokens"]
 
 
-def save_and_resume(model: str, folder: str) -> list[list[float]]:
+def save_and_resume(model: str, folder: str, layout: str) -> list[list[float]]:
     """Loss-bearing figures of two updates, the second one made by the same policy and by one that resumed after the first."""
     from pathlib import Path
 
@@ -371,20 +370,22 @@ def save_and_resume(model: str, folder: str) -> list[list[float]]:
 
     found = []
     for resumed in (False, True):
-        with open_policy("tp2", model, f"{folder}/{resumed}.store", ["policy.fp8.recipe=delayed", "optimizer.lr=1e-3"]) as policy:
-            batch = plan(make_samples(), Layout(), num_updates=2, budget="half")
+        with open_policy(
+            layout, model, f"{folder}/{resumed}.store", ["policy.fp8.recipe=delayed", "optimizer.lr=1e-3"]
+        ) as policy:
+            batch = plan(make_samples(), policy.place.layout, num_updates=2, budget="half")
             if resumed:
                 checkpoint.load(checkpoint.find(Path(folder), "auto"), policy)
             else:
                 policy.update(batch, 0)
                 state = checkpoint.RunState(step=1, prompts={}, collector={}) if policy.place.rank == 0 else None
                 checkpoint.save(Path(folder), policy, state, keep=1)
-            scale = dict(named(policy)["linear_qkv"].quantizer.scale)
+            scale = dict(named(policy)["linear_fc2"].quantizer.scale)
             result = policy.update(batch, 1)
             found.append([result.loss, result.grad_norm, *scale.values()])
     return found
 
 
 def test_delayed_scales_are_in_the_checkpoint(model, tmp_path):
-    for through, resumed in run_ranks("policy.test_fp8:save_and_resume", 2, model=str(model), folder=str(tmp_path)):
+    for through, resumed in run_ranks("policy.test_fp8:save_and_resume", 2, model=str(model), folder=str(tmp_path), layout="tp2"):
         assert resumed == through and 1.0 not in through[2:]

@@ -195,9 +195,14 @@ def test_no_layer_would_be_left():
     fp8_rules.check_model(Fp8Config(first_last_bf16=True), replace(QWEN, num_layers=3), Layout())
 
 
-def test_experts_are_refused():
-    with pytest.raises(ValueError, match=r"policy\.fp8 is not supported for models with experts yet; set policy\.fp8=null"):
-        fp8_rules.check_model(Fp8Config(), replace(QWEN, num_experts=4, experts_per_token=2), Layout())
+def test_an_experts_size_is_split_by_expert_tensor_parallel():
+    model = replace(QWEN, num_experts=4, experts_per_token=2, ffn_size=768, num_kv_heads=8, num_heads=16)
+    for layout in (Layout(dp=2, ep=2), Layout(tp=8, sp=True), Layout(tp=8, sp=True, etp=2)):
+        fp8_rules.check_model(Fp8Config(recipe="blockwise"), model, layout)
+    with pytest.raises(
+        ValueError, match=r"MLP size 768 over layout\.expert_tensor_parallel=4 is 192 on each rank; lower layout\.expert"
+    ):
+        fp8_rules.check_model(Fp8Config(recipe="blockwise"), model, Layout(tp=4, sp=True, etp=4))
 
 
 def test_the_emulation_stores_no_parameters_in_fp8():
