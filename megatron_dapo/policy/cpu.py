@@ -1,6 +1,6 @@
 """The CPU backend: what Megatron-Core needs to run unmodified without CUDA, over gloo.
 
-Three things: a small shim for calls that hard-code `cuda`, an RMSNorm that sequence parallelism accepts, and causal attention
+Three things: a shim for calls that hard-code `cuda` or that gloo lacks, an RMSNorm that sequence parallelism accepts, and causal attention
 over packed sequences (Megatron's own packed attention lives in TransformerEngine, which needs a GPU).
 """
 
