@@ -31,11 +31,11 @@ def pieces(megatron_name: str, model: HFModel, *, tp: int, tp_rank: int) -> list
     row = row_of(megatron_name, tied=model.tied)
     if row.split == "qkv":
         return _qkv(tuple(row.hf), model, tp, tp_rank)
-    if row.split == "gate_up":
-        part = model.shape(row.hf[next(iter(row.hf))])[0] // tp
-        return [Piece(name, 0, part * tp_rank, part * k, part) for k, name in enumerate(row.hf)]
-    ((whole, sizes),) = row.hf.items()
+    whole, sizes = next(iter(row.hf.items()))
     shape = model.shape(sizes)
+    if row.split == "gate_up":
+        part = shape[0] // tp
+        return [Piece(name, 0, part * tp_rank, part * k, part) for k, name in enumerate(row.hf)]
     if row.split == "replicated":
         return [Piece(whole, 0, 0, 0, shape[0])]
     if row.split == "row":
