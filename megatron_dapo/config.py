@@ -256,6 +256,11 @@ class ReportConfig(Section):
     rollouts: bool = Field(
         default=True, description="Save every step's groups to rollouts/, so that tools/replay.py can train on them."
     )
+    gap_warning: float | None = Field(
+        default=0.1,
+        gt=0,
+        description="Say so when policy/rollout_logprob_gap is above this, nats: engines that compute something else; null: never.",
+    )
     tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
     wandb: bool = Field(default=False, description="Log to wandb; offline without an API key.")
     wandb_project: str = Field(default="megatron_dapo", description="Project that wandb logs to.")

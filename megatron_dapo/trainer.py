@@ -25,7 +25,7 @@ from megatron_dapo.policy.guards import NotFinite
 from megatron_dapo.policy.step import Policy, combine
 from megatron_dapo.report.rollouts import rollout_path, save_groups
 from megatron_dapo.report.sinks import Reporter
-from megatron_dapo.report.step import step_metrics
+from megatron_dapo.report.step import gap_warning, step_metrics
 from megatron_dapo.rollout.collect import Collected, SamplingCapReached
 from megatron_dapo.rollout.controller import Controller, StopRequested
 from megatron_dapo.rollout.engine import EngineDied
@@ -201,6 +201,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.controller and collected:
             metrics = step_metrics(collected, batch, result, self.clock, self.controller.reward_seconds, self.policy.num_updates)
+            if warning := gap_warning(metrics, self.config.report.gap_warning):
+                self.say(warning)
             if self.config.report.rollouts:
                 save_groups(
                     rollout_path(self.run_dir, self.step), collected.groups, self.step, {"num_updates": result.num_updates}

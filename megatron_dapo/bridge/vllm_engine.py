@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+from vllm.platforms import current_platform
 
 from megatron_dapo.bridge.vllm_digest import UpdateDigests
 from megatron_dapo.bridge.vllm_plugin import DIGEST_VARIABLE
@@ -61,6 +62,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if os.environ.get(DIGEST_VARIABLE):
             self._digests = UpdateDigests(self.model)
         initialize_layerwise_reload(self.model)
+        if current_platform.is_cpu():
+            forget_packed_experts(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one bucket; afterwards nothing refers to its memory, which the trainer fills anew.
@@ -109,6 +112,14 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if info.can_load():
                 _place_kernel_tensors(layer, info)
                 info.reset()
+
+
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """vLLM packs experts for its CPU kernel only when it makes that kernel: later weights would be left unpacked, and misread."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def views(memory: mmap.mmap, rows: Sequence[Any]) -> Iterator[tuple[str, torch.Tensor]]:

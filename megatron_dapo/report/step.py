@@ -16,6 +16,17 @@ COUNTS += ("surplus_dropped", "aborted")
 STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
 
 
+def gap_warning(metrics: Mapping[str, float], limit: float | None) -> str:
+    """What to say when engines and policy disagree on the tokens just sampled by more than `limit` nats on average; else ''."""
+    gap = metrics["policy/rollout_logprob_gap"]
+    if limit is None or not gap > limit:
+        return ""
+    return (
+        f"the engines' log-probabilities are {gap:.2g} nats from the policy's on average, more than report.gap_warning={limit:g}: their "
+        "weights, or what they compute with them, differ; run.verify_sync=true compares the weights"
+    )
+
+
 def step_metrics(
     collected: Collected, batch: Batch, result: StepResult, clock: Mapping[str, float], reward_seconds: float, num_updates: int
 ) -> dict[str, float]:
