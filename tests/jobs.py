@@ -241,7 +241,10 @@ def train_and_save(layouts: list[str], model: str, folder: str) -> dict[str, Any
                 updates.append(_update(policy, batch, number))
                 if number < 2:
                     checkpoint.save(run_dir, policy, _run_state(policy, number + 1), keep=2)
-            found[layout] = {"updates": updates, "failure": _fail_to_save(policy, run_dir)}
+            parts = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+            on_host = sum(len(getattr(part.optimizer, "gpu_params_map_cpu_copy", ())) for part in parts)
+            shards = sum(len(part.get_parameters()) for part in parts)
+            found[layout] = {"updates": updates, "failure": _fail_to_save(policy, run_dir), "on_host": [on_host, shards]}
     return found
 
 

@@ -42,6 +42,14 @@ def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_part_of_an_offloaded_optimizer_is_on_the_host(runs, layout):
+    """Otherwise it would be no wonder that offloading changes no bit (tests/invariance/test_layouts.py)."""
+    for rank in range(RANKS[layout][0]):
+        on_host, shards = runs[1][rank][layout]["on_host"]
+        assert 0 < on_host < shards if layout == "dp2_offload" else on_host == 0 < shards
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_guard_remembers_the_gradient_norms(runs, layout):
     _, saved, _, resumed = runs
     for rank in range(RANKS[layout][0]):

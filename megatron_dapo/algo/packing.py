@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -117,12 +117,9 @@ def pack(
         largest, mean = largest + max(costs), mean + sum(costs) / dp
         num_bins += dp * len(ranks[0])
     return Batch(
-        # through arrays: torch.tensor takes several times as long for the tens of millions of tokens of a large step
-        tokens_T=torch.frombuffer(array("q", chain.from_iterable(s.tokens for s in samples)), dtype=torch.int64),
-        response_mask_T=torch.frombuffer(bytearray(chain.from_iterable(s.response_mask for s in samples)), dtype=torch.bool),
-        rollout_logprobs_T=torch.frombuffer(
-            array("f", chain.from_iterable(s.rollout_logprobs for s in samples)), dtype=torch.float32
-        ),
+        tokens_T=_end_to_end("q", torch.int64, (s.tokens for s in samples)),
+        response_mask_T=_end_to_end("b", torch.bool, (s.response_mask for s in samples)),
+        rollout_logprobs_T=_end_to_end("f", torch.float32, (s.rollout_logprobs for s in samples)),
         advantages_N=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         fresh_N=torch.tensor([s.weight_version == newest for s in samples]),
         lengths=lengths,
@@ -130,6 +127,11 @@ def pack(
         imbalance=largest / mean,
         fill=sum(lengths) / (num_bins * max_tokens),
     )
+
+
+def _end_to_end(code: str, dtype: torch.dtype, parts: Iterable[Iterable[float]]) -> torch.Tensor:
+    """Through an array: torch.tensor takes several times as long for the tens of millions of tokens of a large step."""
+    return torch.frombuffer(array(code, chain.from_iterable(parts)), dtype=dtype)
 
 
 def split_evenly(items: Sequence[int], parts: int) -> list[Sequence[int]]:

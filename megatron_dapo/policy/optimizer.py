@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,8 +98,9 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
     shared counter, which each update would advance once per parameter."""
     optimizer.load_state_dict(state_dict)
     if USING_PYTORCH_OPTIMIZER:
-        for _, state in itertools.chain(*(_torch_states(part.optimizer) for part in _parts(optimizer))):
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+        for part in _parts(optimizer):
+            for _, state in _torch_states(part.optimizer):
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def _torch_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
