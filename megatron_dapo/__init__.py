@@ -1,7 +1,8 @@
 """DAPO reinforcement learning of large language models on Megatron-Core, with vLLM rollouts.
 
     from megatron_dapo import DAPOTrainer
-    DAPOTrainer(model_name="Qwen/Qwen2.5-32B", clip_epsilon=0.2, dynamic_sampling=True, max_length=4096).train(dataset, epochs=10)
+    DAPOTrainer(model_name="Qwen/Qwen2.5-32B", clip_epsilon=0.2, dynamic_sampling=True,
+    max_length=4096).train(dataset, epochs=10)
 
 Nothing is imported before it is asked for: grading workers and vLLM's processes load this package too.
 """

@@ -14,9 +14,10 @@ from megatron_dapo.config import RunConfig
 class DAPOTrainer:
     """Train a model with DAPO. The run's processes are started by `train`; this process only waits for them.
 
-    `model_name` is a Hugging Face folder or hub name, `clip_epsilon` the lower clip range, `dynamic_sampling` the filter,
-    `max_length` the longest response in tokens. Anything else is an override "section.key": value, applied last, e.g.
-    `overrides={"layout.data_parallel": 2, "run.dir": "runs/mine"}`. ValueError for a wrong key or value.
+    `model_name` is a Hugging Face folder or hub name, `clip_epsilon` the lower clip range, `dynamic_sampling`
+    the filter, `max_length` the longest response in tokens. Anything else is an override "section.key":
+    value, applied last, e.g. `overrides={"layout.data_parallel": 2, "run.dir": "runs/mine"}`. UserError (a
+    ValueError) for a wrong key or value, and for values that do not go together.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class DAPOTrainer:
         }
         self.config = self._resolve({})
 
-    def train(self, dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]], epochs: int | None = None) -> Path:
+    def train(
+        self, dataset: str | os.PathLike[str] | Iterable[Mapping[str, Any]], epochs: int | None = None
+    ) -> Path:
         """Run to the end and return the run folder (metrics.jsonl, checkpoints/, hf/).
 
-        `dataset` is a JSONL or Parquet path, a list of {"prompt", "answer"} dicts or a `datasets.Dataset`. With `epochs`
-        the run ends after that many passes over it, without it (or before) after run.max_steps. RuntimeError when the run failed.
+        `dataset` is a JSONL or Parquet path, a list of {"prompt", "answer"} dicts or a `datasets.Dataset`.
+        With `epochs` the run ends after that many passes over it, without it (or before) after run.max_steps.
+        UserError for what preflight.py refuses, RuntimeError when the run failed.
         """
         from megatron_dapo.train import launch
 
@@ -65,11 +69,20 @@ class DAPOTrainer:
         return Path(self.config.run.dir)
 
     def _resolve(self, values: Mapping[str, Any]) -> RunConfig:
-        tree: dict[str, dict[str, Any]] = {}
+        from megatron_dapo import preflight
+
+        tree: dict[str, Any] = {}
         for key, value in {**self._values, **values}.items():
-            section, _, name = key.partition(".")
-            tree.setdefault(section, {})[name] = value
+            *sections, name = key.split(".")
+            inner = tree
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[name] = value
         # A budget that holds the longest sample, unless one was asked for.
         batch, data = tree.setdefault("batch", {}), tree.get("data", {})
-        batch.setdefault("max_tokens", max(16384, tree["rollout"]["max_tokens"] + data.get("max_prompt_tokens", 2048)))
-        return RunConfig.make(tree)
+        batch.setdefault(
+            "max_tokens", max(16384, tree["rollout"]["max_tokens"] + data.get("max_prompt_tokens", 2048))
+        )
+        config = RunConfig.make(tree)
+        preflight.check_settings(config)
+        return config

@@ -1,7 +1,9 @@
-"""Everything a run needs to continue exactly: model, optimizer, schedule, random state, the guard's memory, and what the controller knows.
+"""Everything a run needs to continue exactly: model, optimizer, schedule, random state, the guard's memory,
+and what the controller knows.
 
-`<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load it) and `run.pt`, the
-controller's part. A folder gets its name only when it is whole, so a crash while saving leaves the previous one usable.
+`<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load
+it) and `run.pt`, the controller's part. A folder gets its name only when it is whole, so a crash while saving
+leaves the previous one usable.
 """
 
 from __future__ import annotations
@@ -21,18 +23,21 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dapo.errors import UserError
 from megatron_dapo.policy.model import gather_weights
 from megatron_dapo.policy.optimizer import load_optimizer
+from megatron_dapo.policy.session import Session
 from megatron_dapo.policy.step import Policy
 
 _NAME = re.compile(r"step_(\d{6})$")
-_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}  # loads at any data-parallel size, all other sizes alike
-# Saves are synchronous, so their results may stay in this process. Megatron's own queue is a server process of every rank, which
-# takes seconds to start and outlives a kill -9.
+# loads at any data-parallel size, all other sizes alike
+_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
+# Saves are synchronous, so their results may stay in this process. Megatron's own queue is a server process
+# of every rank, which takes seconds to start and outlives a kill -9.
 filesystem_async._results_queue = queue.Queue()
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(UserError):
     """A checkpoint could not be written; the previous one is untouched."""
 
 
@@ -46,16 +51,19 @@ class RunState:
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from. `resume` is 'auto', 'never' or a folder; ValueError when that folder is not one."""
+    """The checkpoint to continue from. `resume` is 'auto', 'never' or a folder; UserError when that folder
+    is not one.
+    """
     if resume == "never":
         return None
     if resume == "auto":
-        found = _complete(run_dir / "checkpoints")
-        return found[-1] if found else None
+        complete = _complete(run_dir / "checkpoints")
+        return complete[-1] if complete else None
     folder = Path(resume)
     if not (folder / "run.pt").is_file():
-        raise ValueError(
-            f"checkpoint.resume={resume} is no complete checkpoint (it has no run.pt); use 'auto', 'never' or a step_* folder"
+        raise UserError(
+            f"checkpoint.resume={resume} is no complete checkpoint (it has no run.pt); use 'auto', 'never' "
+            f"or a step_* folder"
         )
     return folder
 
@@ -65,22 +73,22 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
 
     `state` is given on rank 0. SaveFailed on all ranks when any rank could not write.
     """
-    place = policy.place
-    told: list[Any] = [state.step if state else None]
-    dist.broadcast_object_list(told, src=0, group=place.control)
-    final = (run_dir / "checkpoints" / f"step_{told[0]:06d}").resolve()
+    session = policy.session
+    step: list[Any] = [state.step if state else None]
+    dist.broadcast_object_list(step, src=0, group=session.control)
+    final = (run_dir / "checkpoints" / f"step_{step[0]:06d}").resolve()
     temporary = final.with_name(final.name + ".tmp")
     error: BaseException | None = None
     try:
-        if place.rank == 0:
+        if session.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     except OSError as failure:
         error = failure
-    _agree(error, temporary, place)
+    _fail_together(error, temporary, session)
     try:
         dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
-        if place.rank == 0:
+        if session.rank == 0:
             rest = {
                 "state": state,
                 "rng": torch.get_rng_state(),
@@ -88,21 +96,22 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
                 "guard": policy.guard.state(),
             }
             torch.save(rest, temporary / "run.pt")
-    except (Exception, CheckpointException) as failure:  # whatever layer reports a full disk; the latter is a BaseException
-        error = failure
-    _agree(error, temporary, place)
-    if place.rank == 0:
+    except (Exception, CheckpointException) as failure:
+        error = failure  # whatever layer reports a full disk; a CheckpointException is a BaseException
+    _fail_together(error, temporary, session)
+    if session.rank == 0:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         for old in _complete(run_dir / "checkpoints")[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    dist.barrier(group=place.control)
+    dist.barrier(group=session.control)
     return final
 
 
 def set_aside(run_dir: Path, step: int) -> Path | None:
-    """Move the run folder's checkpoints away when some are of a later step than the run starts from: they are of another run,
-    and the newest are kept and resumed from. Returns where to. Rank 0 only, after `load`."""
+    """Move the run folder's checkpoints away when some are of a later step than the run starts from: they are
+    of another run, and the newest are kept and resumed from. Returns where to. Rank 0 only, after `load`.
+    """
     folder = run_dir / "checkpoints"
     if not any(int(_NAME.search(p.name)[1]) > step for p in _complete(folder)):  # type: ignore[index]
         return None
@@ -112,7 +121,9 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
 
 @torch.no_grad()
 def load(folder: Path, policy: Policy) -> RunState:
-    """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on every rank)."""
+    """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on
+    every rank).
+    """
     sharded = _sharded_state(policy, is_loading=True)
     loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
     for number, chunk in enumerate(policy.chunks):
@@ -123,7 +134,7 @@ def load(folder: Path, policy: Policy) -> RunState:
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
     policy.guard.load_state(rest["guard"])
-    dist.barrier(group=policy.place.control)  # all have read it
+    dist.barrier(group=policy.session.control)  # all have read it
     return rest["state"]
 
 
@@ -143,15 +154,16 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if _NAME.search(p.name) and (p / "run.pt").is_file())
 
 
-def _agree(error: BaseException | None, temporary: Path, place: Any) -> None:
-    """Raise on every rank if any rank has an error."""
+def _fail_together(error: BaseException | None, temporary: Path, session: Session) -> None:
+    """Collective. SaveFailed on every rank if any rank has an error."""
     errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}", group=place.control)
+    own = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(errors, own, group=session.control)
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
     if failed:
-        if place.rank == 0:
+        if session.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailed(
-            f"could not save {temporary.with_suffix('')} ({'; '.join(failed)[:2000]}); free space on that disk or set run.dir, then resume; "
-            "the previous checkpoint is untouched"
+            f"could not save {temporary.with_suffix('')} ({'; '.join(failed)[:2000]}); free space on that "
+            "disk or set run.dir, then resume; the previous checkpoint is untouched"
         ) from error

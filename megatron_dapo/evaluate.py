@@ -1,9 +1,8 @@
-"""Accuracy on held-out problems, over the same engines and verifier as training."""
+"""Accuracy on held-out problems, by the same engines and verifier as training."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dapo.types import Group, Prompt
@@ -18,9 +17,9 @@ class Evaluation:
     length_mean: float
 
 
-async def evaluate(prompts: Sequence[Prompt], sample: Callable[[Prompt], Awaitable[Group]]) -> Evaluation:
-    """Sample and grade every problem at once; the engines queue what they cannot run."""
-    groups = await asyncio.gather(*(sample(prompt) for prompt in prompts))
+def evaluate(prompts: Sequence[Prompt], submit: Callable[[Sequence[Prompt]], Sequence[Group]]) -> Evaluation:
+    """Sample and grade every problem; `submit` returns their groups in order (RolloutService.submit)."""
+    groups = submit(prompts)
     lengths = [len(completion.tokens) for group in groups for completion in group.completions]
     return Evaluation(
         accuracy=sum(group.accuracy for group in groups) / len(groups),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_dapo.errors import UserError
+
 
 def round_up(number: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `number`."""
@@ -20,7 +22,9 @@ class Coordinates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Sizes of every parallel dimension. Ranks are ordered as Megatron-Core orders them: tp fastest, then cp, dp, pp."""
+    """Sizes of every parallel dimension. Ranks are ordered as Megatron-Core orders them: tp fastest, then cp,
+    dp, pp.
+    """
 
     tp: int = 1
     cp: int = 1
@@ -34,21 +38,25 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tp", "cp", "ep", "etp", "pp", "dp"):
             if (size := getattr(self, name)) < 1:
-                raise ValueError(f"layout.{name}={size} must be at least 1")
+                raise UserError(f"layout.{name}={size} must be at least 1")
         if self.vpp is not None and (self.vpp < 2 or self.pp == 1):
-            raise ValueError(
-                f"layout.virtual_pipeline_parallel={self.vpp} needs at least 2 chunks and layout.pipeline_parallel > 1, got {self.pp}; "
+            raise UserError(
+                f"layout.virtual_pipeline_parallel={self.vpp} needs at least 2 chunks and "
+                f"layout.pipeline_parallel > 1, got {self.pp}; "
                 "set it to null for one chunk a stage"
             )
         if (self.tp * self.cp * self.dp) % (self.ep * self.etp):
-            raise ValueError(
-                f"layout.expert_parallel={self.ep} x layout.expert_tensor_parallel={self.etp} does not divide the ranks of a pipeline "
-                f"stage, tensor_parallel {self.tp} x context_parallel {self.cp} x data_parallel {self.dp} = {self.tp * self.cp * self.dp}, "
+            raise UserError(
+                f"layout.expert_parallel={self.ep} x layout.expert_tensor_parallel={self.etp} does not "
+                f"divide the ranks of a pipeline "
+                f"stage, tensor_parallel {self.tp} x context_parallel {self.cp} x data_parallel {self.dp} = "
+                f"{self.tp * self.cp * self.dp}, "
                 "which hold the experts; change one of them"
             )
         if self.sp and self.tp == 1:
-            raise ValueError(
-                "layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank nothing is split"
+            raise UserError(
+                "layout.sequence_parallel=true needs layout.tensor_parallel > 1; with one tensor rank "
+                "nothing is split"
             )
 
     @property
@@ -67,7 +75,9 @@ class Layout:
 
     @property
     def sequence_multiple(self) -> int:
-        """Tokens that every sequence is padded to a multiple of: context parallelism cuts it into 2 cp chunks."""
+        """Tokens that every sequence is padded to a multiple of: context parallelism cuts it into 2 cp
+        chunks.
+        """
         return 2 * self.cp if self.cp > 1 else 1
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -83,22 +93,35 @@ class Layout:
 
     def check_world_size(self, world_size: int) -> None:
         if world_size != self.world_size:
-            raise ValueError(
-                f"{world_size} ranks were started but layout needs tensor_parallel {self.tp} x context_parallel {self.cp} x "
-                f"pipeline_parallel {self.pp} x data_parallel {self.dp} = {self.world_size}; change the layout or the number of processes"
+            raise UserError(
+                f"{world_size} ranks were started but layout needs tensor_parallel {self.tp} x "
+                f"context_parallel {self.cp} x "
+                f"pipeline_parallel {self.pp} x data_parallel {self.dp} = {self.world_size}; change the "
+                f"layout or the number of processes"
             )
 
     def check_model(
-        self, *, num_layers: int, num_heads: int, num_kv_heads: int, hidden_size: int, ffn_size: int, num_experts: int = 0
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        hidden_size: int,
+        ffn_size: int,
+        num_experts: int = 0,
     ) -> None:
-        """Refuse a model that this layout cannot split evenly. `ffn_size` is that of one expert, if there are experts."""
+        """Refuse a model that this layout cannot split evenly. `ffn_size` is that of one expert, if there are
+        experts.
+        """
         if not num_experts and (self.ep > 1 or self.etp > 1):
-            raise ValueError(
-                f"layout.expert_parallel={self.ep} and expert_tensor_parallel={self.etp} need a model with experts; set both to 1"
+            raise UserError(
+                f"layout.expert_parallel={self.ep} and expert_tensor_parallel={self.etp} need a model with "
+                f"experts; set both to 1"
             )
         if num_experts and self.tp > 1 and not self.sp:
-            raise ValueError(
-                f"layout.tensor_parallel={self.tp} of a model with experts needs layout.sequence_parallel=true: each token goes to its "
+            raise UserError(
+                f"layout.tensor_parallel={self.tp} of a model with experts needs "
+                f"layout.sequence_parallel=true: each token goes to its "
                 "experts once; set it"
             )
         for key, parts, name, size in (
@@ -114,22 +137,21 @@ class Layout:
             ("expert_parallel", self.ep, "experts", num_experts),
         ):
             if size % parts:
-                raise ValueError(
+                raise UserError(
                     f"layout.{key}={parts} does not divide the model's {size} {name}; "
                     f"use one of {[d for d in range(1, size + 1) if size % d == 0 and d <= 64]}"
                 )
         if num_layers % self.num_stages:
-            raise ValueError(
-                f"layout.pipeline_parallel={self.pp} (x virtual {self.vpp or 1}) does not divide the model's {num_layers} layers; "
+            raise UserError(
+                f"layout.pipeline_parallel={self.pp} (x virtual {self.vpp or 1}) does not divide the model's "
+                f"{num_layers} layers; "
                 f"use one of {[d for d in range(1, num_layers + 1) if num_layers % d == 0]} stages"
             )
 
     def describe(self) -> str:
+        """For the console: tensor, pipeline and data parallel sizes always, others where they are not 1."""
         parts = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
-        parts += (
-            [f"cp{self.cp}"] * (self.cp > 1)
-            + [f"ep{self.ep}"] * (self.ep > 1)
-            + [f"etp{self.etp}"] * (self.etp > 1)
-            + [f"vpp{self.vpp}"] * bool(self.vpp)
-        )
+        for name, size in (("cp", self.cp), ("ep", self.ep), ("etp", self.etp), ("vpp", self.vpp or 1)):
+            if size > 1:
+                parts.append(f"{name}{size}")
         return " x ".join(parts) + (" + sequence parallel" if self.sp else "")

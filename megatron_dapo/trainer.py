@@ -1,127 +1,85 @@
-"""The story of a run: set up, then one step after another. Every rank runs this file; rank 0 also holds the Controller.
+"""The story of a run: set up, then one step after another. Every rank runs this file; rank 0 also holds the
+Controller.
 
-collect -> advantages -> pack -> old log-probabilities -> updates -> publish -> record -> checkpoint
+collect -> samples -> pack -> streams -> updates -> publish -> record -> checkpoint
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 from megatron_dapo import checkpoint
-from megatron_dapo.algo.advantages import with_advantages
-from megatron_dapo.algo.packing import Cost, pack
-from megatron_dapo.bridge.hf import HFModel
-from megatron_dapo.bridge.transfer import WeightBuckets
+from megatron_dapo.batching.step_batch import make_batch
 from megatron_dapo.config import RunConfig
+from megatron_dapo.controller import Controller, on_rank_0
+from megatron_dapo.objectives import make_objective
+from megatron_dapo.policy import session
+from megatron_dapo.policy.backend import Backend
+from megatron_dapo.policy.batches import scatter
 from megatron_dapo.policy.guards import NotFinite
 from megatron_dapo.policy.step import Policy, combine
-from megatron_dapo.report.rollouts import rollout_path, save_groups
-from megatron_dapo.report.sinks import Reporter
-from megatron_dapo.report.step import gap_warning, step_metrics
-from megatron_dapo.rollout.collect import Collected, SamplingCapReached
-from megatron_dapo.rollout.controller import Controller, StopRequested
-from megatron_dapo.rollout.engine import EngineDied
-from megatron_dapo.rollout.fleet import SyncMismatch
-from megatron_dapo.rollout.launch import EngineStartTimeout
-from megatron_dapo.types import Batch, Group, StepResult
+from megatron_dapo.rollout.service import StopRequested
+from megatron_dapo.sync.export import export
+from megatron_dapo.sync.publish import Publisher
+from megatron_dapo.sync.shm import SharedMemory
+from megatron_dapo.types import Batch, StepResult, UpdateResult
 
 T = TypeVar("T")
-# Ends of a run that explain themselves; the last checkpoint is intact in each case.
-EXPECTED = (
-    ValueError,
-    OSError,
-    SamplingCapReached,
-    EngineDied,
-    EngineStartTimeout,
-    NotFinite,
-    SyncMismatch,
-    checkpoint.SaveFailed,
-)
-
-
-def make_batch(groups: Sequence[Group], config: RunConfig, model: HFModel) -> Batch:
-    """Advantages, then micro-batches for the run's layout, balanced by the model's cost (algo/)."""
-    samples = with_advantages(groups, normalize=config.objective.advantage, filter_overlong=config.reward.overlong_filter)
-    updates = min(config.batch.updates_per_step, len(samples))
-    layout = config.layout.to_layout()
-    cost = Cost.of_model(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        ffn_size=model.ffn_size * max(1, model.experts_per_token),
-        vocab_size=model.vocab_size,
-    )
-    return pack(
-        samples,
-        dp=layout.dp,
-        num_updates=updates,
-        max_tokens=config.batch.max_tokens,
-        cost=cost,
-        align=layout.sequence_multiple,
-        multiple=layout.micro_batch_multiple,
-    )
 
 
 class Trainer:
     """One rank of a run. `run` is the whole of it."""
 
-    def __init__(self, config: RunConfig, *, on_cpu: bool) -> None:
-        self.config = config
-        self.run_dir = Path(config.run.dir)
-        self.step = 0
-        self.exhausted = False
-        self.clock: dict[str, float] = {}
-        self.policy = Policy(config, on_cpu=on_cpu)
-        self.weights = WeightBuckets(self.policy.chunks, self.policy.hf, self.policy.place, config.model.dtype)
-        self.controller: Controller | None = None  # on rank 0 only
-        found = checkpoint.find(self.run_dir, config.checkpoint.resume)
-        state = checkpoint.load(found, self.policy) if found else None
-        if state:
-            self.step = state.step
-        self.saved_step = self.step  # nothing is lost that a checkpoint could keep
-        if self.policy.place.rank == 0:
-            if aside := checkpoint.set_aside(self.run_dir, self.step):
-                print(f"checkpoints of an earlier run were moved to {aside}", flush=True)
-            reporter = Reporter(self.run_dir, config, self.step + 1 if state else None)
-            reporter.message(f"resuming from {found}" if found else f"starting in {self.run_dir}")
-            self.controller = Controller(config, self.policy.hf, self.policy.folder, reporter)
-            if state:
-                self.controller.prompts.load_state(state.prompts)
-                self.controller.collector.load_state(state.collector)
-        dist.barrier(group=self.policy.place.control)  # from here on rank 0 handles signals; until here they end every rank alike
-        if self.policy.place.rank > 0:
+    def __init__(self, config: RunConfig, backend: Backend) -> None:
+        self.config, self.run_dir = config, Path(config.run.dir)
+        self.exhausted, self.clock = False, dict[str, float]()  # seconds of each stage of the running step
+        self.session = session.start(config.layout.to_layout(), backend)
+        self.objective = make_objective(config.objective)
+        self.policy = Policy(config, self.session, self.objective)
+        rank, group = self.session.rank, self.session.control
+        self.publisher = Publisher(SharedMemory(rank, group, self.policy.spec, config.model.dtype))
+        resumed_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
+        state = checkpoint.load(resumed_from, self.policy) if resumed_from else None
+        self.step = state.step if state else 0
+        self.saved_step = self.step  # of the newest checkpoint; a fresh run counts as saved, `save` skips it
+        self.batch: Batch | None = None  # rank 0: the whole batch of the running step
+        self.controller: Controller | None = None
+        if rank == 0:
+            self.controller = Controller(config, self.policy.spec, self.policy.folder, state)
+            self.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {self.run_dir}")
+        self.session.channel.share()  # rank 0 handles signals now; until here they ended every rank alike
+        if rank > 0:
             for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all when to stop
                 signal.signal(sign, signal.SIG_IGN)
 
     def run(self) -> None:
         """Train until run.max_steps, the end of the data, or a signal; then save and export."""
         try:
-            self.with_engines(Controller.connect)
+            self.on_rank_0(lambda controller: controller.service.wait_ready())
             self.publish()
             if self.step == 0:
-                self.record_evaluation()
+                accuracy = self.evaluate()
+                if self.controller and accuracy:
+                    self.controller.reporter.record(0, accuracy)
             while self.step < self.config.run.max_steps and not self.exhausted:
                 self.train_step()
             self.finish()
         except StopRequested:
             self.save()
             self.say(
-                f"stopped after step {self.step}; resume with the same command (checkpoint.resume=auto run.dir={self.run_dir})"
+                f"stopped after step {self.step}; resume with the same command "
+                f"(checkpoint.resume=auto run.dir={self.run_dir})"
             )
         finally:
             if self.controller:
                 self.controller.close()
-                self.controller.reporter.close()
 
     def train_step(self) -> None:
         """One rollout batch, `batch.updates_per_step` optimizer updates, one weight push."""
@@ -131,112 +89,84 @@ class Trainer:
             if self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
         with self.timed("rollout"):
-            collected, batch = self.collect()
+            batch = self.collect()
         if batch is None:
-            self.say("the data ended without another informative group")
-            return
+            return self.say("the data ended without another informative group")
         with self.timed("old_logprobs"):
-            old_logprobs_T = self.policy.logprobs(batch) if len(batch.mini_batches) > 1 else None
+            batch = self.policy.streams(batch)
         with self.timed("update"):
-            result = self.update(batch, old_logprobs_T)
+            result = self.update(batch)
         self.step += 1
         with self.timed("sync"):
             self.publish()
         self.clock["step"] = time.perf_counter() - began
-        self.record(collected, batch, result)
+        self.record(batch, result)
 
-    def collect(self) -> tuple[Collected | None, Batch | None]:
-        """Dynamic sampling on rank 0 (rollout/collect.py); every rank gets the packed batch (algo/packing.py)."""
+    def collect(self) -> Batch | None:
+        """Dynamic sampling on rank 0 (rollout/), packed (batching/); every rank gets what it trains on."""
 
-        def work(controller: Controller) -> tuple[Batch | None, bool]:
-            nonlocal collected
-            collected = controller.collect()
-            if not collected.groups:
-                return None, True
-            return make_batch(collected.groups, self.config, self.policy.hf), collected.exhausted
+        def next_batch(controller: Controller) -> tuple[bool, bool]:
+            collected = controller.collect(self.step)
+            if collected.groups:
+                self.batch = make_batch(
+                    collected.groups, self.config, self.policy.spec, self.objective, version=self.step
+                )
+            return bool(collected.groups), collected.exhausted or not collected.groups
 
-        collected: Collected | None = None
-        batch, self.exhausted = self.with_engines(work)
-        return collected, batch
+        has_groups, self.exhausted = self.on_rank_0(next_batch)
+        return scatter(self.batch, self.session) if has_groups else None
 
-    def update(self, batch: Batch, old_logprobs_T: torch.Tensor | None) -> StepResult:
+    def update(self, batch: Batch) -> StepResult:
         """All optimizer updates of the step (policy/step.py)."""
-        results = []
+        results: list[UpdateResult] = []
         for k in range(len(batch.mini_batches)):
             try:
-                results.append(self.policy.update(batch, k, old_logprobs_T))
+                results.append(self.policy.update(batch, k))
             except NotFinite as error:
                 dump = self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"
                 if self.controller:
-                    torch.save(batch, dump)
+                    torch.save(self.batch, dump)
                 raise NotFinite(f"{error}; the batch is in {dump}") from error
             for warning in results[-1].warnings:
                 self.say(warning)
             if self.controller:
                 self.controller.reporter.progress("update", k + 1, len(batch.mini_batches))
+        self.batch = None
         return combine(results)
 
     def publish(self) -> None:
-        """Push the weights to every engine, bucket by bucket (bridge/). An engine that dies is replaced when it is next needed."""
-        push = self.controller
-        try:
-            if push:
-                push.start_push()
-        except (EngineDied, TimeoutError):
-            push = None
-        for bucket in self.weights:
-            try:
-                if push:
-                    push.push(bucket, self.step)
-            except (EngineDied, TimeoutError):
-                push = None
-        try:
-            if push:
-                push.finish_push(self.step)
-        except (EngineDied, TimeoutError):
-            pass
+        """Push the weights to every engine (sync/). One that fails is left behind, and restarted by the
+        service.
+        """
+        with self.controller.service.paused() if self.controller else nullcontext() as replicas:
+            self.session.channel.share()  # rank 0's engines have ended what they ran, however long that took
+            report = self.publisher.publish(self.policy.weight_shards(), self.step, replicas)
+        for failure in report.failures:
+            self.say(str(failure))
 
-    def record(self, collected: Collected | None, batch: Batch, result: StepResult) -> None:
+    def record(self, batch: Batch, result: StepResult) -> None:
         """Metrics, rollouts, and the periodic evaluation of this step."""
         metrics: dict[str, float] = {}
-        if self.controller and collected:
-            metrics = step_metrics(collected, batch, result, self.clock, self.controller.reward_seconds, self.policy.num_updates)
-            if warning := gap_warning(metrics, self.config.report.gap_warning):
-                self.say(warning)
-            if self.config.report.rollouts:
-                save_groups(
-                    rollout_path(self.run_dir, self.step), collected.groups, self.step, {"num_updates": result.num_updates}
-                )
-        every = self.config.evaluation.every_steps
+        if self.controller:
+            metrics = self.controller.measure(batch, result, self.clock, self.policy.num_updates)
+            self.controller.save_rollouts(self.step, result.num_updates)
+        every, last = self.config.evaluation.every_steps, self.step == self.config.run.max_steps
         try:
-            last = self.step == self.config.run.max_steps or self.exhausted
-            accuracy = self.evaluate() if last or (every and self.step % every == 0) else None
-            if accuracy is not None:
-                metrics["eval/accuracy"] = accuracy
-                self.say(f"held-out accuracy after step {self.step}: {accuracy:.3f}")
+            if last or self.exhausted or (every and self.step % every == 0):
+                metrics |= self.evaluate()
         finally:
             if self.controller:
                 self.controller.reporter.record(self.step, metrics)
 
-    def evaluate(self) -> float | None:
-        """Held-out accuracy (evaluate.py); None without evaluation.path."""
-        return self.with_engines(lambda controller: controller.evaluate().accuracy if controller.evaluates else None)
-
-    def record_evaluation(self) -> None:
-        accuracy = self.evaluate()
-        if self.controller and accuracy is not None:
-            self.controller.reporter.record(0, {"eval/accuracy": accuracy})
-            self.say(f"held-out accuracy before training: {accuracy:.3f}")
+    def evaluate(self) -> dict[str, float]:
+        """Held-out accuracy as a metric (evaluate.py); empty without evaluation.path."""
+        return self.on_rank_0(lambda controller: controller.evaluate(self.step))
 
     def save(self) -> None:
         """A checkpoint of the steps done so far (checkpoint.py), unless there is one."""
         if self.saved_step == self.step:
             return
-        state = None
-        if self.controller:
-            state = checkpoint.RunState(
-                step=self.step, prompts=self.controller.prompts.state(), collector=self.controller.collector.state()
-            )
+        state = self.controller.state(self.step) if self.controller else None
         checkpoint.save(self.run_dir, self.policy, state, self.config.checkpoint.keep)
         self.saved_step = self.step
 
@@ -244,41 +174,19 @@ class Trainer:
         """Final checkpoint and Hugging Face export."""
         self.save()
         if self.config.checkpoint.export_hf:
-            self.weights.export(self.run_dir / "hf", self.policy.folder)
-            self.say(f"exported {self.run_dir / 'hf'}")
+            folder, policy, here = self.run_dir / "hf", self.policy, self.session
+            shards, dtype = policy.weight_shards(), self.config.model.dtype
+            export(shards, policy.spec, dtype, here.rank, here.control, folder, policy.folder)
+            self.say(f"exported {folder}")
         if self.config.run.verify_sync:
-            compared = self.with_engines(lambda controller: controller.verify(self.run_dir / "hf"))
-            self.say(f"verified: {compared} parameters in the engines equal those of a fresh server on the export")
+            compared = self.on_rank_0(lambda controller: controller.verify(self.run_dir / "hf", self.step))
+            self.say(
+                f"verified: {compared} parameters in the engines equal those of a fresh server on the export"
+            )
 
-    def with_engines(self, work: Callable[[Controller], T]) -> T:
-        """Run `work` on rank 0 and return its result on every rank.
-
-        When an engine dies meanwhile, it is restarted, all ranks push the weights again, and `work` is called again: what it
-        had finished is still there. StopRequested is raised on all ranks alike.
-        """
-        while True:
-            outcome: tuple[str, Any] | None = None
-            if self.controller:
-                try:
-                    outcome = ("done", work(self.controller))
-                except StopRequested:
-                    outcome = ("stop", None)
-                except (EngineDied, TimeoutError) as error:
-                    self.controller.reporter.message(f"{type(error).__name__}: {error}")
-                    self.controller.restart_engines()
-                    outcome = ("push again", None)
-            kind, value = self.share(outcome)
-            if kind == "done":
-                return value  # type: ignore[return-value]
-            if kind == "stop":
-                raise StopRequested
-            self.publish()
-
-    def share(self, value: T | None) -> T:
-        """Rank 0's value on every rank."""
-        told = [value]
-        dist.broadcast_object_list(told, src=0, group=self.policy.place.control)
-        return told[0]  # type: ignore[return-value]
+    def on_rank_0(self, work: Callable[[Controller], T]) -> T:
+        """Run `work` on rank 0 and return its result on every rank (controller.py)."""
+        return on_rank_0(work, self.controller, self.session.channel, push_weights=self.publish)
 
     def say(self, text: str) -> None:
         if self.controller:

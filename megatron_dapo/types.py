@@ -1,28 +1,47 @@
 """What travels between the stages of a step: frozen values, aligned by construction.
 
-    Prompt -> Completion -> Group -> Sample -> Batch -> StepResult
+    Prompt -> Completion -> Group -> Sample -> Batch -> UpdateResult -> StepResult
 
-Legend: P prompts, G completions per prompt, N samples, T tokens of all samples end to end.
+Legend: N samples, T tokens of all samples end to end, L tokens of one sequence, R tokens of one response.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from megatron_dapo.report.metrics import Metric
+from megatron_dapo.metrics import Metric
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length"]
+# (weight version, number of tokens it sampled), in the order of the tokens
+VersionRuns = tuple[tuple[int, int], ...]
+
+
+class Stream(StrEnum):
+    """A float32 value per token that a loss may need beside the log-probabilities of the policy as it
+    is now.
+    """
+
+    ROLLOUT_LOGPROBS = "rollout_logprobs"  # of the engine that sampled the token
+    OLD_LOGPROBS = "old_logprobs"  # of the policy before the first update of the step
+    REFERENCE_LOGPROBS = "reference_logprobs"  # of a frozen reference model
+    VALUES = "values"  # of a value model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One question of the data stream.
 
-    `position` counts prompts over the whole run (it grows across epochs), so it orders acceptance and seeds sampling;
-    `row` is the index in the data file.
+    `position` counts prompts over the whole run (it grows across epochs), so it orders acceptance and seeds
+    sampling; `row` is the index in the data file.
     """
 
     position: int
@@ -32,33 +51,69 @@ class Prompt:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Completion:
-    """One sampled response. `logprobs` are the engine's processed log-probabilities (temperature applied), nats."""
+    """One sampled response of R tokens.
 
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    tokens: int32 [R]. logprobs: float32 [R], the engine's processed log-probabilities (temperature applied),
+    nats. trained: bool [R], false where a token is not trained on (a masked response; later the output of a
+    tool). versions: runs of the weight versions that sampled the tokens. number: which of its prompt's
+    completions this is.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    trained: np.ndarray
     finish_reason: FinishReason
-    weight_version: int
+    versions: VersionRuns
+    number: int = 0
     seed: int | None = None
     text: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.tokens) != len(self.logprobs):
-            raise ValueError(f"Completion needs a log-probability per token, got {len(self.logprobs)} for {len(self.tokens)}")
-        if not self.tokens:
+        for name, dtype in (("tokens", "int32"), ("logprobs", "float32"), ("trained", "bool")):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != 1:
+                raise ValueError(
+                    f"Completion.{name} must be {dtype} [R], got {array.dtype} {list(array.shape)}"
+                )
+        sizes = {len(self.tokens), len(self.logprobs), len(self.trained), sum(n for _, n in self.versions)}
+        if len(sizes) != 1:
+            raise ValueError(
+                "Completion needs a log-probability, a mask and a weight version per token, "
+                f"got lengths {sorted(sizes)}"
+            )
+        if not len(self.tokens):
             raise ValueError("Completion has no tokens; an engine returns at least the end-of-sequence token")
+
+    def __eq__(self, other: object) -> bool:
+        """Equal in every bit."""
+        if not isinstance(other, Completion):
+            return NotImplemented
+        mine, theirs = ([getattr(c, f.name) for f in dataclasses.fields(c)] for c in (self, other))
+        return all(
+            a.tobytes() == b.tobytes() if hasattr(a, "tobytes") else a == b
+            for a, b in zip(mine, theirs, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest policy that sampled any of its tokens."""
+        return min(version for version, _ in self.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """All completions of one prompt with their grades.
 
-    `correct` is the verifier's word alone; `rewards` are verifier score plus overlong penalty and never decide accuracy.
+    `correct` is the verifier's word alone; `rewards` are verifier score plus overlong penalty and never
+    decide accuracy.
     """
 
     prompt: Prompt
@@ -82,79 +137,160 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One training sequence: prompt and response end to end.
+class Collected:
+    """The groups that one step trains on and what happened to all others, by reason."""
 
-    `response_mask[t]` is true where token t is a response token that is trained on; `rollout_logprobs[t]` belongs to token t
-    and is 0 elsewhere.
+    groups: tuple[Group, ...]
+    sampled: tuple[Group, ...]  # every group that finished in this step, whatever became of it
+    counts: dict[str, int]
+    exhausted: bool = False  # the data has ended and nothing is left over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One training sequence of L tokens: prompt and response end to end.
+
+    tokens: int32 [L]. response_mask: bool [L], true for response tokens that are trained on.
+    rollout_logprobs, advantages: float32 [L]; what they hold outside the mask is never read. The other fields
+    say which completion it is: position of the prompt, number of the completion in its group, its seed, the
+    oldest weight version that sampled any token.
     """
 
-    tokens: tuple[int, ...]
-    response_mask: tuple[bool, ...]
-    rollout_logprobs: tuple[float, ...]
-    advantage: float
-    weight_version: int
+    tokens: torch.Tensor
+    response_mask: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    advantages: torch.Tensor
     prompt_position: int
+    number: int
+    weight_version: int
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {len(self.tokens), len(self.response_mask), len(self.rollout_logprobs)}
+        sizes = {len(self.tokens), len(self.response_mask), len(self.rollout_logprobs), len(self.advantages)}
         if len(sizes) != 1:
             raise ValueError(f"Sample streams must align, got lengths {sorted(sizes)}")
-        if self.response_mask and self.response_mask[0]:
-            raise ValueError("The first token of a Sample has no prediction; a prompt needs at least one token")
+        if len(self.tokens) and self.response_mask[0]:
+            raise ValueError(
+                "The first token of a Sample has no prediction; a prompt needs at least one token"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiniBatch:
-    """The samples of one optimizer update: `micro_batches[d][m]` holds the sample indices of data-parallel rank d, micro-batch m.
+    """The samples of one optimizer update: `micro_batches[d][m]` holds the sample indices of data-parallel
+    rank d, micro-batch m.
 
-    Every rank has the same number of micro-batches (one may be empty). `num_tokens` counts the trained response tokens of
-    all ranks: the one denominator of the loss.
+    Every rank has the same number of micro-batches (one may be empty). `num_tokens` counts the trained
+    response tokens of all ranks, `denominator` what the loss is divided by (Objective.denominator): both are
+    of the whole mini-batch, also in the part of one rank.
     """
 
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     num_tokens: int
+    denominator: int
 
     def __post_init__(self) -> None:
         if len({len(rank) for rank in self.micro_batches}) != 1:
             raise ValueError("MiniBatch needs the same number of micro-batches on every data-parallel rank")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """All samples of a step as flat tensors, and which micro-batch of which rank trains on each.
+    """Samples of a step as flat tensors, and which micro-batch of which data-parallel rank trains on each.
 
-    tokens_T int64, response_mask_T bool, rollout_logprobs_T float32, advantages_N float32, lengths of the N samples,
-    fresh_N: sampled by the policy that is trained now, not carried over from an earlier step.
-    imbalance: cost of the costliest data-parallel rank over the mean one, all updates together; 1 is perfect.
-    fill: tokens of the samples over the budgets of all micro-batches.
+    tokens_T int32, response_mask_T bool, advantages_T float32; `streams` float32 [T] by name, always with
+    rollout_logprobs. Of the N samples: lengths, and as int64 the prompt's position, the number of the
+    completion in its group, its seed (-1: none) and its oldest weight version; fresh_N: every token was
+    sampled by the weights that are trained now. imbalance: cost of the costliest data-parallel rank over the
+    mean one, all updates together; 1 is perfect. fill: tokens of the samples over the budgets of all
+    micro-batches. Both describe the whole step, also in a part.
     """
 
     tokens_T: torch.Tensor
     response_mask_T: torch.Tensor
-    rollout_logprobs_T: torch.Tensor
-    advantages_N: torch.Tensor
-    fresh_N: torch.Tensor
+    advantages_T: torch.Tensor
+    streams: Mapping[Stream, torch.Tensor]
     lengths: tuple[int, ...]
+    prompt_N: torch.Tensor
+    number_N: torch.Tensor
+    seed_N: torch.Tensor
+    version_N: torch.Tensor
+    fresh_N: torch.Tensor
     mini_batches: tuple[MiniBatch, ...]
     imbalance: float
     fill: float
 
     def __post_init__(self) -> None:
         total = sum(self.lengths)
-        for name in ("tokens_T", "response_mask_T", "rollout_logprobs_T"):
-            if (size := getattr(self, name).numel()) != total:
-                raise ValueError(f"Batch.{name} has {size} elements, the lengths add up to {total}")
-        for name in ("advantages_N", "fresh_N"):
+        by_token = {name: getattr(self, name) for name in ("tokens_T", "response_mask_T", "advantages_T")}
+        for name, tensor in (
+            by_token | {f"streams[{name}]": tensor for name, tensor in self.streams.items()}
+        ).items():
+            if tensor.numel() != total:
+                raise ValueError(f"Batch.{name} has {tensor.numel()} elements, the lengths add up to {total}")
+        for name in ("prompt_N", "number_N", "seed_N", "version_N", "fresh_N"):
             if (size := getattr(self, name).numel()) != len(self.lengths):
                 raise ValueError(f"Batch.{name} has {size} elements for {len(self.lengths)} samples")
+
+    def with_stream(self, name: Stream, values_T: torch.Tensor) -> Batch:
+        """The same batch with one more stream, float32 [T]."""
+        return dataclasses.replace(self, streams={**self.streams, name: values_T})
+
+    def part(self, dp_rank: int) -> Batch:
+        """What data-parallel rank `dp_rank` trains on: its samples alone, renumbered in their order; one rank
+        in `micro_batches`; the denominators of the whole.
+        """
+        mine = sorted(i for mini in self.mini_batches for micro in mini.micro_batches[dp_rank] for i in micro)
+        number_of = {i: k for k, i in enumerate(mine)}
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        index_T = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in mine] or [torch.arange(0)])
+        index_N = torch.tensor(mine, dtype=torch.int64)
+        by_token = {k: getattr(self, k)[index_T] for k in ("tokens_T", "response_mask_T", "advantages_T")}
+        by_sample = {
+            k: getattr(self, k)[index_N] for k in ("prompt_N", "number_N", "seed_N", "version_N", "fresh_N")
+        }
+        minis = (
+            dataclasses.replace(
+                mini,
+                micro_batches=(
+                    tuple(tuple(number_of[i] for i in micro) for micro in mini.micro_batches[dp_rank]),
+                ),
+            )
+            for mini in self.mini_batches
+        )
+        return dataclasses.replace(
+            self,
+            **by_token,
+            **by_sample,
+            streams={name: values_T[index_T] for name, values_T in self.streams.items()},
+            lengths=tuple(self.lengths[i] for i in mine),
+            mini_batches=tuple(minis),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateResult:
+    """What the policy reports of one optimizer update, the same on every rank.
+
+    loss: over the denominator. num_tokens: response tokens in the loss, over all ranks. A skipped update has
+    loss and grad_norm NaN and no tokens. `warnings` are sentences for the console.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_micro_batches: int
+    lr: float
+    skipped: bool = False
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What the policy reports of one step, averaged over its updates by their trained tokens.
+    """The updates of one step together: means weighted by their tokens, the learning rate of the last.
 
-    A skipped update counts in `metrics["skipped_updates"]` and nowhere else. `warnings` are sentences for the console.
+    A skipped update counts in `metrics["skipped_updates"]` and nowhere else.
     """
 
     loss: float

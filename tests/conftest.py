@@ -1,4 +1,6 @@
-"""Fixtures of the whole suite: a tiny checkpoint, and one real vLLM server per session (its start takes half a minute)."""
+"""Fixtures of the whole suite: a tiny checkpoint, and one real vLLM server per session (its start takes half
+a minute).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import helpers (tiny, push) by name
 
-from tiny import MAX_MODEL_LEN, TOKEN, make_tiny_model
+from support.models import MAX_MODEL_LEN, TOKEN, make_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +23,11 @@ def tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tiny_model, tmp_path_factory):
-    """A running EngineServer of `tiny_model` that writes digests. Tests leave it healthy, with the weights of `tiny_model`."""
+    """A running EngineServer of `tiny_model` that writes digests. Tests leave it healthy, with the weights of
+    `tiny_model`.
+    """
     from megatron_dapo.config import RolloutConfig
-    from megatron_dapo.rollout.launch import EngineServer
+    from megatron_dapo.rollout.server import EngineServer
 
     run_dir = tmp_path_factory.mktemp("run")
     server = EngineServer(
@@ -48,9 +52,9 @@ def server(tiny_model, tmp_path_factory):
 @pytest.fixture
 async def engine(server):
     """A client of `server`."""
-    from megatron_dapo.rollout.engine import Engine
+    from megatron_dapo.rollout.client import EngineClient
 
-    client = Engine(server.url, TOKEN, request_timeout_s=120)
+    client = EngineClient(server.url, TOKEN)
     await client.init_weight_transfer()
     yield client
     await client.close()

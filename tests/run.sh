@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The tests, on a CPU, from nothing: makes .venv when it is missing.
-#   bash tests/run.sh [pytest arguments]                              e.g. tests/algo -x, or -m slow
+#   bash tests/run.sh [pytest arguments]                              e.g. tests/reward -x, or -m slow
 #   bash tests/run.sh --megatron-core VERSION [pytest arguments]      the policy tests, against that megatron-core
 # TEST_PYTHON=python uses the environment of that python instead of .venv (on a GPU machine: -m gpu).
 # The second form keeps the wheel unpacked in .cache/ and puts it before .venv's own megatron-core. Newer versions are published

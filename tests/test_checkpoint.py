@@ -1,65 +1,93 @@
-"""A run that is killed and resumed is, bit for bit, the run that was not; and a save that fails costs nothing."""
+"""A run that is killed and resumed is, bit for bit, the run that was not; and a save that fails costs
+nothing.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from jobs import LAYOUTS as RANKS
-from ranks import run_ranks
-from tiny import make_tiny_model
+from support.cases import LAYOUTS
+from support.jobs_checkpoint import checkpoint_run
+from support.models import make_tiny_model
+from support.ranks import run_ranks
 
 from megatron_dapo import checkpoint
+from megatron_dapo.errors import UserError
 
-LAYOUTS = ["dp2", "tp2_pp2", "pp2_vpp2", "dp2_offload"]
+RUNS = ["dp2", "tp2_pp2", "pp2_vpp2", "dp2_offload"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(folder, what each rank of the first launch reported, what was on disk after it, and what each rank of a second one reported)."""
+    """(folder, what each rank of the first launch reported, what was on disk after it, and what each rank of
+    a second one reported).
+    """
     folder = tmp_path_factory.mktemp("runs")
-    model = str(make_tiny_model(folder / "model", tied=True, layers=4, heads=4, kv_heads=2, hidden=64, ffn=64))
-    saved = run_ranks("jobs:train_and_save", 4, layouts=LAYOUTS, model=model, folder=str(folder), timeout_s=280)
-    for layout in LAYOUTS:  # what a crash leaves behind
-        checkpoints = folder / layout / "checkpoints"
+    model = str(
+        make_tiny_model(folder / "model", tied=True, layers=4, heads=4, kv_heads=2, hidden=64, ffn=64)
+    )
+    saved = run_ranks(
+        "support.jobs_checkpoint:train_and_save",
+        4,
+        runs=[checkpoint_run(name, model) for name in RUNS],
+        folder=str(folder),
+        timeout_s=280,
+    )
+    for name in RUNS:  # what a crash leaves behind
+        checkpoints = folder / name / "checkpoints"
         (checkpoints / "step_000009").mkdir()
         (checkpoints / "step_000008.tmp").mkdir()
         (checkpoints / "step_000008.tmp" / "run.pt").write_bytes(b"")
-    listed = {layout: sorted(p.name for p in (folder / layout / "checkpoints").iterdir()) for layout in LAYOUTS}
-    reshard = {"tp1": "dp2"}
-    resumed = run_ranks("jobs:resume", 4, layouts=LAYOUTS, model=model, folder=str(folder), reshard=reshard, timeout_s=280)
+    listed = {name: sorted(p.name for p in (folder / name / "checkpoints").iterdir()) for name in RUNS}
+    resumed = run_ranks(
+        "support.jobs_checkpoint:resume",
+        4,
+        runs=[checkpoint_run(name, model) for name in ("tp1", *RUNS)],
+        folder=str(folder),
+        saved_by={"tp1": "dp2"},
+        timeout_s=280,
+    )
     return folder, saved, listed, resumed
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, layout):
+def world_of(name: str) -> int:
+    return LAYOUTS[name.removesuffix("_offload")].world_size
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_repeats_the_unkilled_run_bit_for_bit(runs, name):
     _, saved, _, resumed = runs
-    for rank in range(RANKS[layout][0]):
-        unkilled = saved[rank][layout]["updates"]
-        assert resumed[rank][layout]["updates"] == unkilled[2:]  # loss, gradient norm, lr, digest of weights and optimizer
+    for rank in range(world_of(name)):
+        unkilled = saved[rank][name]["updates"]
+        assert (
+            resumed[rank][name]["updates"] == unkilled[2:]
+        )  # loss, gradient norm, lr, digest of weights and optimizer
         assert len({update["state"] for update in unkilled}) == 4  # the digest does see an update
         assert len({update["lr"] for update in unkilled}) == 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_part_of_an_offloaded_optimizer_is_on_the_host(runs, layout):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_part_of_an_offloaded_optimizer_is_on_the_host(runs, name):
     """Otherwise it would be no wonder that offloading changes no bit (tests/invariance/test_layouts.py)."""
-    for rank in range(RANKS[layout][0]):
-        on_host, shards = runs[1][rank][layout]["on_host"]
-        assert 0 < on_host < shards if layout == "dp2_offload" else on_host == 0 < shards
+    for rank in range(world_of(name)):
+        on_host, shards = runs[1][rank][name]["on_host"]
+        assert 0 < on_host < shards if name == "dp2_offload" else on_host == 0 < shards
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_guard_remembers_the_gradient_norms(runs, layout):
+@pytest.mark.parametrize("name", RUNS)
+def test_the_guard_remembers_the_gradient_norms(runs, name):
     _, saved, _, resumed = runs
-    for rank in range(RANKS[layout][0]):
-        assert resumed[rank][layout]["norms"] == [update["grad_norm"] for update in saved[rank][layout]["updates"][:2]]
+    for rank in range(world_of(name)):
+        assert resumed[rank][name]["norms"] == [
+            update["grad_norm"] for update in saved[rank][name]["updates"][:2]
+        ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_controllers_state_reaches_every_rank(runs, layout):
-    for rank in range(RANKS[layout][0]):
-        found = runs[3][rank][layout]
+@pytest.mark.parametrize("name", RUNS)
+def test_the_controllers_state_reaches_every_rank(runs, name):
+    for rank in range(world_of(name)):
+        found = runs[3][rank][name]
         assert found["folder"] == "step_000002"
         assert found["state"] == [2, {"cursor": 14}, {"carried": [2]}, 2]
 
@@ -72,24 +100,26 @@ def test_a_checkpoint_loads_at_another_data_parallel_size(runs):
         assert mine["lr"] == original["lr"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_failing_save_raises_everywhere_and_leaves_the_old_ones(runs, layout):
+@pytest.mark.parametrize("name", RUNS)
+def test_a_failing_save_raises_everywhere_and_leaves_the_old_ones(runs, name):
     _, saved, listed, _ = runs
-    for rank in range(RANKS[layout][0]):
-        message = saved[rank][layout]["failure"]
+    for rank in range(world_of(name)):
+        message = saved[rank][name]["failure"]
         assert (
             message is not None
             and "step_000003" in message
             and "rank 1" in message
             and "previous checkpoint is untouched" in message
         )
-    assert listed[layout] == ["step_000001", "step_000002", "step_000008.tmp", "step_000009"]
+    assert listed[name] == ["step_000001", "step_000002", "step_000008.tmp", "step_000009"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_the_newest_are_kept_and_only_whole_ones_count(runs, layout):
-    folder = runs[0] / layout
-    left = sorted(p.name for p in (folder / "checkpoints").iterdir() if (p / "run.pt").is_file() and p.suffix == "")
+@pytest.mark.parametrize("name", RUNS)
+def test_only_the_newest_are_kept_and_only_whole_ones_count(runs, name):
+    folder = runs[0] / name
+    left = sorted(
+        p.name for p in (folder / "checkpoints").iterdir() if (p / "run.pt").is_file() and p.suffix == ""
+    )
     assert left == ["step_000004"]  # saved with keep=1, after resuming
     assert (folder / "checkpoints" / "step_000009").is_dir()  # incomplete: neither counted nor touched
 
@@ -113,12 +143,16 @@ def test_find(tmp_path):
 
 
 def test_find_refuses_a_folder_that_is_no_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"checkpoint\.resume=.*step_000011 is no complete checkpoint.*'auto', 'never'"):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.resume=.*step_000011 is no complete checkpoint.*'auto', 'never'"
+    ):
         checkpoint.find(tmp_path, str(tmp_path / "step_000011"))
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):
-    """A new run in an old folder must neither resume from nor be crowded out by later steps that are not its own."""
+    """A new run in an old folder must neither resume from nor be crowded out by later steps that are not its
+    own.
+    """
     for step in (95, 100):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_{step:06d}" / "run.pt").touch()
@@ -131,15 +165,30 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):
 
 @pytest.mark.slow
 def test_experts_resume_too(tmp_path):
-    model = str(make_tiny_model(tmp_path / "model", arch="qwen3_moe", layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
+    model = str(
+        make_tiny_model(
+            tmp_path / "model", arch="qwen3_moe", layers=2, heads=4, kv_heads=2, hidden=64, ffn=64
+        )
+    )
+    experts, half = (checkpoint_run(name, model) for name in ("tp2_sp_ep2_dp2", "tp2_sp_ep2"))
     folder = str(tmp_path)
-    saved = run_ranks("jobs:train_and_save", 4, layouts=["tp2_sp_ep2_dp2"], model=model, folder=folder, timeout_s=280)
-    reshard = {"tp2_sp_ep2": "tp2_sp_ep2_dp2"}  # half the data-parallel ranks
-    resumed = run_ranks("jobs:resume", 4, layouts=["tp2_sp_ep2_dp2"], model=model, folder=folder, reshard=reshard, timeout_s=280)
+    saved = run_ranks(
+        "support.jobs_checkpoint:train_and_save", 4, runs=[experts], folder=folder, timeout_s=280
+    )
+    resumed = run_ranks(
+        "support.jobs_checkpoint:resume",
+        4,
+        runs=[half, experts],
+        folder=folder,
+        saved_by={half.name: experts.name},  # half the data-parallel ranks
+        timeout_s=280,
+    )
     for rank in range(4):
         unkilled = saved[rank]["tp2_sp_ep2_dp2"]["updates"]
         assert resumed[rank]["tp2_sp_ep2_dp2"]["updates"] == unkilled[2:]
         assert len({update["state"] for update in unkilled}) == 4
-    for mine, original in zip(resumed[0]["tp2_sp_ep2"]["updates"], saved[0]["tp2_sp_ep2_dp2"]["updates"][2:], strict=True):
+    for mine, original in zip(
+        resumed[0]["tp2_sp_ep2"]["updates"], saved[0]["tp2_sp_ep2_dp2"]["updates"][2:], strict=True
+    ):
         assert mine["loss"] == pytest.approx(original["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(original["grad_norm"], rel=1e-5)

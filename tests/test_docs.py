@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from support.samples import make_group, make_sample
 
-from megatron_dapo.algo.packing import pack
-from megatron_dapo.report.metrics import Mean
+from megatron_dapo.batching.packing import pack
+from megatron_dapo.metrics import Mean
+from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.report.step import step_metrics
-from megatron_dapo.rollout.collect import Collected
-from megatron_dapo.types import Completion, Group, Prompt, Sample, StepResult
+from megatron_dapo.types import Collected, StepResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
@@ -19,20 +20,11 @@ NOT_OF_A_STEP = {"step", "eval/accuracy"}  # added by the reporter and by the tr
 
 
 def test_metrics_page_lists_exactly_what_a_step_reports():
-    completion = Completion(tokens=(5,), logprobs=(-1.0,), finish_reason="stop", weight_version=0)
-    prompt = Prompt(position=0, row=0, text="1+1=", answer="2", tokens=(3, 4))
-    group = Group(prompt=prompt, completions=(completion, completion), correct=(True, False), rewards=(1.0, -1.0))
+    group = make_group(correct=1, size=2)
     names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
     names += ("skipped_updates", "grad_norm_spike", "kl_k1", "kl_k3", "ess", "masked")
-    sample = Sample(
-        tokens=(3, 4, 5),
-        response_mask=(False, False, True),
-        rollout_logprobs=(0.0, 0.0, -1.0),
-        advantage=1.0,
-        weight_version=0,
-        prompt_position=0,
-    )
-    batch = pack([sample, sample], dp=1, num_updates=1, max_tokens=6)
+    samples = [make_sample((3, 4, 5), prompt_length=2)] * 2
+    batch = pack(samples, dp=1, num_updates=1, max_tokens=6, version=0, denominator=trained_tokens)
     result = StepResult(
         loss=0.0,
         grad_norm=1.0,
@@ -42,18 +34,27 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
         lr=1e-6,
         metrics=dict.fromkeys(names, Mean(0.0, 1.0)),
     )
-    reported = step_metrics(Collected(groups=(group,), sampled=(group,), counts={}), batch, result, {}, 0.0, 1)
-    documented = re.findall(r"^\| `([a-z0-9_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    collected = Collected(groups=(group,), sampled=(group,), counts={})
+    reported = step_metrics(
+        collected, batch, result, {}, reward_seconds=0.0, request_failures={}, num_updates=1
+    )
+    documented = re.findall(
+        r"^\| `([a-z0-9_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
+    )
     assert len(documented) == len(set(documented))
     assert set(documented) == reported.keys() | NOT_OF_A_STEP
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Relative links, and repository paths in backticks or after bash and python, that lead nowhere. Images are made by runs."""
+    """Relative links, and repository paths in backticks or after bash and python, that lead nowhere. Images
+    are made by runs.
+    """
     links = re.findall(r"(?<!!)\[[^\]]*\]\((?!https?:)([^)#]+)\)", text)
     paths = re.findall(r"`((?:tools|tests|examples|docs|megatron_dapo)/[\w./-]+)`", text)
     paths += re.findall(r"\b(?:bash|python) ((?:tools|tests|examples|\.ci)/[\w./-]+)", text)
-    return [link for link in links if not (page.parent / link).exists()] + [path for path in paths if not (ROOT / path).exists()]
+    return [link for link in links if not (page.parent / link).exists()] + [
+        path for path in paths if not (ROOT / path).exists()
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Coordinates, Layout
 
 # tp fastest, then dp, then pp: what Megatron-Core's default order "tp-cp-ep-dp-pp" gives
@@ -62,12 +63,12 @@ def test_a_rank_outside_the_world_is_refused(rank):
 
 @pytest.mark.parametrize("name", ["tp", "cp", "ep", "etp", "pp", "dp"])
 def test_sizes_start_at_one(name):
-    with pytest.raises(ValueError, match=rf"layout\.{name}=0 must be at least 1"):
+    with pytest.raises(UserError, match=rf"layout\.{name}=0 must be at least 1"):
         Layout(**{name: 0})
 
 
 def test_sequence_parallel_needs_tensor_parallel():
-    with pytest.raises(ValueError, match=r"layout\.sequence_parallel=true needs layout\.tensor_parallel > 1"):
+    with pytest.raises(UserError, match=r"layout\.sequence_parallel=true needs layout\.tensor_parallel > 1"):
         Layout(sp=True)
     assert Layout(tp=2, sp=True).sp
 
@@ -75,7 +76,8 @@ def test_sequence_parallel_needs_tensor_parallel():
 @pytest.mark.parametrize(("vpp", "pp"), [(2, 1), (1, 2)])
 def test_virtual_stages_need_stages(vpp, pp):
     with pytest.raises(
-        ValueError, match=rf"virtual_pipeline_parallel={vpp} needs at least 2 chunks and .* > 1, got {pp}; set it to null"
+        UserError,
+        match=rf"virtual_pipeline_parallel={vpp} needs at least 2 chunks and .* > 1, got {pp}; set it to",
     ):
         Layout(vpp=vpp, pp=pp)
 
@@ -89,7 +91,7 @@ def test_the_number_of_processes_must_fit():
     layout = Layout(tp=2, pp=3, dp=2)
     layout.check_world_size(12)
     product = "tensor_parallel 2 x context_parallel 1 x pipeline_parallel 3 x data_parallel 2 = 12"
-    with pytest.raises(ValueError, match=re.escape(f"8 ranks were started but layout needs {product}")):
+    with pytest.raises(UserError, match=re.escape(f"8 ranks were started but layout needs {product}")):
         layout.check_world_size(8)
 
 
@@ -106,17 +108,34 @@ MODEL = {"num_layers": 12, "num_heads": 8, "num_kv_heads": 2, "hidden_size": 64,
         (
             {"pp": 5},
             {},
-            "pipeline_parallel=5 (x virtual 1) does not divide the model's 12 layers; use one of [1, 2, 3, 4, 6, 12] stages",
+            "pipeline_parallel=5 (x virtual 1) does not divide the model's 12 layers; use one of [1, 2, 3, "
+            "4, 6, 12] stages",
         ),
-        ({"ep": 2, "dp": 2}, {}, "expert_parallel=2 and expert_tensor_parallel=1 need a model with experts; set both to 1"),
-        ({"ep": 2, "dp": 2}, {"num_experts": 3}, "expert_parallel=2 does not divide the model's 3 experts; use one of [1, 3]"),
-        ({"etp": 5, "dp": 5}, {"num_experts": 4}, "expert_tensor_parallel=5 does not divide the model's 96 MLP size"),
-        ({"tp": 2}, {"num_experts": 4}, "tensor_parallel=2 of a model with experts needs layout.sequence_parallel=true"),
+        (
+            {"ep": 2, "dp": 2},
+            {},
+            "expert_parallel=2 and expert_tensor_parallel=1 need a model with experts; set both to 1",
+        ),
+        (
+            {"ep": 2, "dp": 2},
+            {"num_experts": 3},
+            "expert_parallel=2 does not divide the model's 3 experts; use one of [1, 3]",
+        ),
+        (
+            {"etp": 5, "dp": 5},
+            {"num_experts": 4},
+            "expert_tensor_parallel=5 does not divide the model's 96 MLP size",
+        ),
+        (
+            {"tp": 2},
+            {"num_experts": 4},
+            "tensor_parallel=2 of a model with experts needs layout.sequence_parallel=true",
+        ),
         ({"pp": 4, "vpp": 2}, {}, "pipeline_parallel=4 (x virtual 2) does not divide the model's 12 layers"),
     ],
 )
 def test_a_model_that_does_not_split_is_refused(sizes, changed, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         Layout(**sizes).check_model(**{**MODEL, **changed})
 
 
@@ -126,4 +145,7 @@ def test_a_model_that_splits_is_accepted():
 
 def test_the_description():
     assert Layout(tp=2, dp=4).describe() == "tp2 x pp1 x dp4"
-    assert Layout(tp=2, sp=True, pp=4, vpp=2, cp=2, ep=2).describe() == "tp2 x pp4 x dp1 x cp2 x ep2 x vpp2 + sequence parallel"
+    assert (
+        Layout(tp=2, sp=True, pp=4, vpp=2, cp=2, ep=2).describe()
+        == "tp2 x pp4 x dp1 x cp2 x ep2 x vpp2 + sequence parallel"
+    )

@@ -1,55 +1,196 @@
-"""What `train.check` refuses before any process starts: what a configuration asks of this model or this machine."""
+"""The command line: what it prints, what it returns, and which errors keep their traceback."""
 
 from __future__ import annotations
 
 import json
-import re
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from tiny import make_tiny_model
+from support.models import make_tiny_model
 
-from megatron_dapo.config import RunConfig
-from megatron_dapo.train import check
+from megatron_dapo import DAPOTrainer, preflight, train
+from megatron_dapo.errors import UserError
+from megatron_dapo.policy.control import RankZeroLost
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> list[str]:
+    """Overrides of a run that passes preflight."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "data.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
-    model = make_tiny_model(folder / "model", layers=4)
+    make_tiny_model(folder / "model")
     sizes = ["data.max_prompt_tokens=100", "rollout.max_tokens=100", "batch.max_tokens=200"]
-    return [f"model.path={model}", f"data.path={folder / 'data.jsonl'}", "model.dtype=fp32", "run.device=cpu", *sizes]
+    paths = [f"model.path={folder / 'model'}", f"data.path={folder / 'data.jsonl'}"]
+    return [*paths, "model.dtype=fp32", "run.device=cpu", f"run.dir={folder / 'out'}", *sizes]
+
+
+@pytest.fixture(autouse=True)
+def outside_torchrun(monkeypatch):
+    for name in ("RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[Any]:
+    """What would have been started as ranks; nothing is."""
+    calls: list[Any] = []
+    monkeypatch.setattr(train, "start_ranks", lambda config, arguments: calls.append(arguments) or 0)
+    return calls
+
+
+def test_a_dry_run_prints_and_starts_nothing(run, started, capsys):
+    assert train.main([*run, "layout.data_parallel=2", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "# layout: tp1 x pp1 x dp2 = 2 policy ranks" in text and "data_parallel: 2" in text
+    assert started == []
+
+
+def test_a_start_writes_the_configuration_for_its_ranks(run, started):
+    assert train.main(run) == 0
+    ((_, module, file),) = started
+    assert module == "megatron_dapo.train"
+    config = train.RunConfig.load(file)
+    assert config == train.RunConfig.load(None, run) and file == f"{config.run.dir}/config.yaml"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "words"),
     [
+        (["optimizer.lr=[1"], "error: cannot read override 'optimizer.lr=[1'"),  # reading
         (
-            ["policy.recompute=full", "policy.recompute_layers=3"],
-            "policy.recompute_layers=3 does not divide the 4 layers of a pipeline stage's chunk; use one of [1, 2, 4]",
-        ),
-        (
-            [
-                "policy.recompute=full",
-                "policy.recompute_layers=2",
-                "layout.pipeline_parallel=2",
-                "layout.virtual_pipeline_parallel=2",
-            ],
-            "policy.recompute_layers=2 does not divide the 1 layers",
-        ),
-        (["layout.tensor_parallel=2", "layout.sequence_parallel=true", "policy.overlap_tensor_parallel=true"], "needs a GPU"),
-        (
-            ["policy.recompute_modules=[mlp,moe]"],
-            "policy.recompute_modules=['mlp', 'moe']: moe and moe_act need a model with experts",
-        ),
-        (["policy.recompute_modules=[moe_act]"], "policy.recompute_modules=['moe_act'] needs a GPU"),
-        (["layout.pipeline_parallel=3"], "pipeline_parallel=3 (x virtual 1) does not divide the model's 4 layers"),
+            ["sampling.low=0.7", "sampling.high=0.3"],
+            "error: sampling.low=0.7 leaves nothing",
+        ),  # fields together
+        (["layout.pipeline_parallel=3"], "error: layout.pipeline_parallel=3 (x virtual 1) does not divide"),
+        (["data.path=no/such.jsonl"], "error: data.path=no/such.jsonl does not exist"),
+        (["run.dir=/dev/null/run"], "error: run.dir='/dev/null/run' cannot be written"),
+        (['run.dir="a\\0b"'], "error: run.dir='a\\x00b' cannot be written"),
     ],
 )
-def test_a_run_this_model_or_machine_cannot_do_is_refused(run, overrides, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check(RunConfig.load(None, [*run, *overrides]))
+def test_an_error_of_the_user_is_one_line(run, started, capsys, overrides, words):
+    assert train.main([*run, *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(words) and error.count("\n") == 1
+    assert started == []
 
 
-def test_a_run_they_can_do_is_not(run):
-    check(RunConfig.load(None, [*run, "policy.recompute=full", "policy.recompute_layers=2", "layout.pipeline_parallel=2"]))
+def test_a_row_nested_thousands_deep_is_one_line(run, started, capsys, tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text('{"prompt": ' + "[" * 5000 + "]" * 5000 + ', "answer": "1"}\n')
+    assert train.main([*run, f"data.path={path}"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith(f"error: {path}, line 1: not a JSON object on one line") and error.count("\n") == 1
+    )
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(run, started, monkeypatch):
+    def fails(config: Any) -> None:
+        raise ValueError("a fault inside torch")
+
+    monkeypatch.setattr(preflight, "check", fails)
+    with pytest.raises(ValueError, match="a fault inside torch"):
+        train.main(run)
+
+
+# --- under torchrun ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rank", "run_id", "checks"), [("0", "somebody's", 1), ("1", "somebody's", 0), ("0", train.RUN_ID, 0)]
+)
+def test_rank_0_checks_unless_the_launcher_did(run, monkeypatch, rank, run_id, checks):
+    checked = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setattr(preflight, "check", checked.append)
+    monkeypatch.setattr(train, "run_rank", lambda config: 0)
+    assert train.main(run) == 0
+    assert len(checked) == checks
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_one_rank_speaks_for_all(run, monkeypatch, capsys, rank, lines):
+    monkeypatch.setenv("RANK", rank)
+    assert train.main([*run, "optimizer.rl=1"]) == 2
+    assert capsys.readouterr().err.count("\n") == lines
+
+
+@pytest.fixture
+def run_rank_with(run, monkeypatch):
+    """Call `run_rank` as rank `rank` with a trainer that raises `error`."""
+
+    def call(rank: str, error: BaseException) -> int:
+        class Trainer:
+            def __init__(self, config: Any, backend: Any) -> None:
+                pass
+
+            def run(self) -> None:
+                raise error
+
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(train.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
+        monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(train, "prepare_device", lambda config: True)
+        for name, content in {
+            "trainer": {"Trainer": Trainer},
+            "policy.session": {"stop": lambda: None},
+            "policy.backend": {"backend_of": lambda on_cpu: None},
+        }.items():
+            monkeypatch.setitem(sys.modules, f"megatron_dapo.{name}", SimpleNamespace(**content))
+        monkeypatch.setattr("megatron_dapo.policy.session", SimpleNamespace(stop=lambda: None), raising=False)
+        return train.run_rank(train.RunConfig.load(None, run))
+
+    return call
+
+
+def test_a_rank_prints_a_users_error_without_traceback(run_rank_with, capsys):
+    assert run_rank_with("0", UserError("lower the learning rate")) == 1
+    assert capsys.readouterr().err == "error: lower the learning rate\n"
+    assert run_rank_with("1", UserError("lower the learning rate")) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_rank_1_speaks_where_rank_0_is_gone(run_rank_with, capsys):
+    for rank, words in (("1", "error: rank 0 is gone\n"), ("2", "")):
+        assert run_rank_with(rank, RankZeroLost("rank 0 is gone")) == 1
+        assert capsys.readouterr().err == words
+
+
+@pytest.mark.parametrize("error", [ValueError("bare"), OSError("no space"), TimeoutError("late")])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_keeps_the_traceback_of_everything_else(run_rank_with, rank, error):
+    with pytest.raises(type(error)):
+        run_rank_with(rank, error)
+
+
+@pytest.mark.parametrize(
+    "words", ["Connection closed by peer [127.0.0.1]:4", "recv: Connection reset by peer"]
+)
+def test_a_rank_that_lost_another_leaves_the_word_to_it(run_rank_with, words):
+    assert run_rank_with("1", RuntimeError(words)) == 1
+    with pytest.raises(RuntimeError, match="peer"):
+        run_rank_with("0", RuntimeError(words))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_rank_with("1", RuntimeError("shapes differ"))
+
+
+# --- the Python API ---------------------------------------------------------------------
+
+
+def test_the_api_refuses_keys_values_and_what_does_not_go_together():
+    for overrides, message in (
+        ({"optimizer.rl": 1}, "unknown key optimizer.rl; did you mean optimizer.lr?"),
+        ({"optimizer.lr": 0}, "optimizer.lr=0: Input should be greater than 0"),
+        ({"sampling.low": 0.7, "sampling.high": 0.3}, "sampling.low=0.7 leaves nothing below"),
+    ):
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            DAPOTrainer("model", overrides=overrides)
+
+
+def test_the_api_takes_keys_of_a_section_inside_a_section():
+    trainer = DAPOTrainer("model", overrides={"policy.fp8.recipe": "delayed", "policy.recompute": "full"})
+    assert trainer.config.policy.fp8 is not None and trainer.config.policy.fp8.recipe == "delayed"
+    assert trainer.config.policy.recompute == "full"

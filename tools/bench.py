@@ -2,26 +2,31 @@
 """Benchmarks that print JSON.
 
     python tools/bench.py step [--steps 8] [section.key=value ...]
-    python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128] [--tp 8] [--cp 2] [--fp8 blockwise]
-    python tools/bench.py train-step --model FOLDER --lengths lengths.json [--tokens 16384] [--budget 4096] [section.key=value ...]
+    python tools/bench.py packing --lengths lengths.json [--budget 22528] [--ranks 128] [--tp 8] [--cp 2]
+                                  [--fp8 blockwise]
+    python tools/bench.py train-step --model FOLDER --lengths lengths.json [--tokens 16384] [--budget 4096]
+                                     [section.key=value ...]
     python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
 
-`step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32 prompts x 8 samples of
-20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps after the first two.
+`step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32
+prompts x 8 samples of 20 tokens, 2 data-parallel ranks, one vLLM server. Seconds are medians over the steps
+after the first two.
 
-`packing`: plans one optimizer update on samples of the given lengths (a JSON list, tokens) with the cost of Qwen2.5-32B.
-imbalance: cost of the costliest rank over the mean one; fill: tokens over the budgets of all micro-batches; lower_bound: micro-batches
-if the budgets of every rank could be filled to the last token, which few lengths allow; padding: share of the processed tokens that the
-layout adds; seconds: planning only.
-`logprob`: forward and backward of algo/logprobs.py beside `log_softmax` of all the logits, in fp32 on the CPU. Peak bytes are resident
-memory over what there was before, in forward or backward, without the inputs' gradients, which the caller keeps. `max_grad_error`
-is the largest difference of a gradient's elements over the largest element. The plain version needs 2.5 times
-`tokens x vocab x 4` bytes. Medians over the repeats.
+`packing`: plans one optimizer update on samples of the given lengths (a JSON list, tokens) with the cost of
+Qwen2.5-32B. imbalance: cost of the costliest rank over the mean one; fill: tokens over the budgets of all
+micro-batches; lower_bound: micro-batches if the budgets of every rank could be filled to the last token,
+which few lengths allow; padding: share of the processed tokens that the layout adds; seconds: planning only.
 
-`train-step`: optimizer updates of one rank on the CPU in fp32, on samples of the given lengths (a JSON list, tokens): packed end to
-end, and, for comparison in the same run, padded to the longest of each micro-batch. Tokens a second count real tokens. gemm_share:
-matrix products in the CPU time of a packed update; gemm_of_ceiling: their operations a second over the whole update, against a large
-product on the same machine; peak_extra_bytes: resident memory of an update over what there was before. Medians over the repeats.
+`logprob`: forward and backward of batching/logprobs.py beside `log_softmax` of all the logits, in fp32 on the
+CPU. Peak bytes are resident memory over what there was before, in forward or backward, without the inputs'
+gradients, which the caller keeps. `max_grad_error` is the largest difference of a gradient's elements over
+the largest element. The plain version needs 2.5 times `tokens x vocab x 4` bytes. Medians over the repeats.
+
+`train-step`: optimizer updates of one rank on the CPU in fp32, on samples of the given lengths (a JSON list,
+tokens): packed end to end, and, for comparison in the same run, padded to the longest of each micro-batch.
+Tokens a second count real tokens. gemm_share: matrix products in the CPU time of a packed update;
+gemm_of_ceiling: their operations a second over the whole update, against a large product on the same machine;
+peak_extra_bytes: resident memory of an update over what there was before. Medians over the repeats.
 """
 
 from __future__ import annotations
@@ -42,16 +47,24 @@ from typing import Any
 
 import torch
 
-from megatron_dapo.algo.logprobs import logprobs_from_hidden
-from megatron_dapo.algo.packing import Cost, pack, plan
+from megatron_dapo import preflight
+from megatron_dapo.batching.logprobs import logprobs_from_hidden
+from megatron_dapo.batching.packing import Cost, pack, plan
 from megatron_dapo.config import Fp8Config, RunConfig
 from megatron_dapo.layout import Layout, round_up
+from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.policy.fp8_rules import token_multiple
 from megatron_dapo.train import launch
 from megatron_dapo.types import Batch, Sample
 
 QWEN32B = Cost.of_model(  # Qwen2.5-32B
-    num_layers=64, hidden_size=5120, num_heads=40, num_kv_heads=8, head_dim=128, ffn_size=27648, vocab_size=152064
+    num_layers=64,
+    hidden_size=5120,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=27648,
+    vocab_size=152064,
 )
 WARM_UP = 2  # first steps: caches, lazily built kernels
 
@@ -65,9 +78,15 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="megatron_dapo_bench_") as scratch:
         folder = Path(scratch)
         make_model(folder / "model")
-        rows = [{"prompt": f"What is {a}+{b}?\n", "answer": str(a + b)} for a in range(10, 99) for b in range(10, 99)]
+        rows = [
+            {"prompt": f"What is {a}+{b}?\n", "answer": str(a + b)}
+            for a in range(10, 99)
+            for b in range(10, 99)
+        ]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        )
         settings = {
             "model.path": folder / "model",
             "model.dtype": "fp32",
@@ -84,7 +103,9 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
             "run.dir": folder / "run",
             "run.max_steps": options.steps + WARM_UP,
         }
-        config = RunConfig.load(None, [f"{key}={value}" for key, value in settings.items()] + options.overrides)
+        config = RunConfig.load(
+            None, [f"{key}={value}" for key, value in settings.items()] + options.overrides
+        )
         with open(os.devnull, "w") as quiet:
             stdout = os.dup(1)
             os.dup2(quiet.fileno(), 1)  # the run's own lines; stdout carries the JSON only
@@ -94,9 +115,15 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
                 os.dup2(stdout, 1)
         if status != 0:
             raise SystemExit(status)
-        lines = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+        ]
     measured = [line for line in lines if line["step"] > WARM_UP]
-    medians = {key: round(statistics.median(line[key] for line in measured), 4) for key in measured[0] if key.startswith("time/")}
+    medians = {
+        key: round(statistics.median(line[key] for line in measured), 4)
+        for key in measured[0]
+        if key.startswith("time/")
+    }
     return {
         **medians,
         "tokens_per_step": statistics.median(line["tokens/generated"] for line in measured),
@@ -108,7 +135,9 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 def packing(options: argparse.Namespace) -> dict[str, Any]:
     lengths = json.loads(options.lengths.read_text())
     if (longest := max(lengths)) > options.budget:
-        raise SystemExit(f"error: --budget {options.budget} is below the longest sample ({longest} tokens); raise it")
+        raise SystemExit(
+            f"error: --budget {options.budget} is below the longest sample ({longest} tokens); raise it"
+        )
     layout = Layout(tp=options.tp, sp=options.tp > 1, cp=options.cp)
     began = time.perf_counter()
     padded = [round_up(length, layout.sequence_multiple) for length in lengths]
@@ -130,7 +159,9 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_model(folder: Path) -> None:
-    """The model of examples/make_tiny_base.py with random weights, and no end of sequence: every response has its full length."""
+    """The model of examples/make_tiny_base.py with random weights, and no end of sequence: every response has
+    its full length.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import make_tiny_base  # pyright: ignore[reportMissingImports]
 
@@ -167,17 +198,22 @@ def logprob(options: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - between + middle - start
         return seconds, max(peak, _memory("VmHWM") - sum(g.nbytes for g in gradients)) - before, gradients
 
-    found: dict[str, list[float]] = {}
+    by_repeat: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         seconds, peak, gradients = measure(ours)
         plain_seconds, plain_peak, plain_gradients = measure(plain)
         pairs = zip(gradients, plain_gradients, strict=True)
         error = max(float((g - p).abs().max() / p.abs().max()) for g, p in pairs)
-        now = {"peak_extra_bytes": peak, "plain_peak_extra_bytes": plain_peak, "seconds": seconds, "plain_seconds": plain_seconds}
+        now = {
+            "peak_extra_bytes": peak,
+            "plain_peak_extra_bytes": plain_peak,
+            "seconds": seconds,
+            "plain_seconds": plain_seconds,
+        }
         for key, value in {**now, "max_grad_error": error}.items():
-            found.setdefault(key, []).append(value)
+            by_repeat.setdefault(key, []).append(value)
         del gradients, plain_gradients, pairs
-    return {key: statistics.median(values) for key, values in found.items()}
+    return {key: statistics.median(values) for key, values in by_repeat.items()}
 
 
 def train_step(options: argparse.Namespace) -> dict[str, Any]:
@@ -188,11 +224,23 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
         lengths.append(length)
     config = RunConfig.load(
         None,
-        [f"model.path={options.model}", "model.dtype=fp32", "run.device=cpu", f"batch.max_tokens={options.budget}"]
+        [
+            f"model.path={options.model}",
+            "model.dtype=fp32",
+            "run.device=cpu",
+            f"batch.max_tokens={options.budget}",
+        ]
         + ["data.max_prompt_tokens=1", "rollout.max_tokens=1", *options.overrides],
     )
     policy, chance = _one_rank_policy(config), random.Random(0)
-    packed = pack([_sample(length, length, chance) for length in lengths], dp=1, num_updates=1, max_tokens=options.budget)
+    packed = pack(
+        [_sample(length, length, chance) for length in lengths],
+        dp=1,
+        num_updates=1,
+        max_tokens=options.budget,
+        version=0,
+        denominator=trained_tokens,
+    )
     padded = _padded_batch(lengths, options.budget, chance)
     seconds: dict[str, list[float]] = {"packed": [], "padded": []}
     for repeat in range(options.repeats + 1):
@@ -216,10 +264,14 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": round(sum(lengths) / spent, 1),
         "padded_tokens_per_second": round(sum(lengths) / statistics.median(seconds["padded"]), 1),
         "packed_over_padded": round(statistics.median(seconds["padded"]) / spent, 3),
-        "gemm_share": round(sum(e.self_cpu_time_total for e in products) / sum(e.self_cpu_time_total for e in events), 3),
+        "gemm_share": round(
+            sum(e.self_cpu_time_total for e in products) / sum(e.self_cpu_time_total for e in events), 3
+        ),
         "gemm_of_ceiling": round(sum(e.flops for e in products) / spent / ceiling, 3),
         "ceiling_gflops": round(ceiling / 1e9, 1),
-        "padding_share": round(1 - sum(lengths) / sum(round_up(sum(lengths[i] for i in m), unit) for m in micro_batches), 3),
+        "padding_share": round(
+            1 - sum(lengths) / sum(round_up(sum(lengths[i] for i in m), unit) for m in micro_batches), 3
+        ),
         "padded_padding_share": round(1 - sum(lengths) / sum(padded.lengths), 3),
         "peak_extra_bytes": peak,
         "samples": len(lengths),
@@ -230,27 +282,37 @@ def train_step(options: argparse.Namespace) -> dict[str, Any]:
 def _one_rank_policy(config: RunConfig) -> Any:
     import torch.distributed as dist
 
+    from megatron_dapo.objectives import make_objective
+    from megatron_dapo.policy import session as session_file
+    from megatron_dapo.policy.backend import CPU
     from megatron_dapo.policy.step import Policy
 
+    preflight.check_training(config)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Policy(config, on_cpu=True)
+    session = session_file.start(config.layout.to_layout(), CPU)
+    return Policy(config, session, make_objective(config.objective))
 
 
 def _sample(length: int, padded: int, chance: random.Random) -> Sample:
     """A quarter prompt, the rest response, then untrained padding."""
     prompt = max(1, length // 4)
+    mask = torch.zeros(padded, dtype=torch.bool)
+    mask[prompt:length] = True
     return Sample(
-        tokens=tuple(chance.randrange(3, 90) for _ in range(padded)),
-        response_mask=(False,) * prompt + (True,) * (length - prompt) + (False,) * (padded - length),
-        rollout_logprobs=(0.0,) * padded,
-        advantage=chance.gauss(0.0, 1.0),
-        weight_version=0,
+        tokens=torch.tensor([chance.randrange(3, 90) for _ in range(padded)], dtype=torch.int32),
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(padded),
+        advantages=torch.full((padded,), chance.gauss(0.0, 1.0)),
         prompt_position=0,
+        number=0,
+        weight_version=0,
     )
 
 
 def _padded_batch(lengths: list[int], budget: int, chance: random.Random) -> Batch:
-    """Micro-batches without packing: samples in their order, each padded to the longest of its micro-batch, within the budget."""
+    """Micro-batches without packing: samples in their order, each padded to the longest of its micro-batch,
+    within the budget.
+    """
     micro_batches: list[list[int]] = [[]]
     for index in range(len(lengths)):
         members = [*micro_batches[-1], index]
@@ -259,8 +321,17 @@ def _padded_batch(lengths: list[int], budget: int, chance: random.Random) -> Bat
         micro_batches[-1].append(index)
     longest = {i: max(lengths[j] for j in micro) for micro in micro_batches for i in micro}
     samples = [_sample(length, longest[i], chance) for i, length in enumerate(lengths)]
-    batch = pack(samples, dp=1, num_updates=1, max_tokens=max(budget, *longest.values()))
-    mini = dataclasses.replace(batch.mini_batches[0], micro_batches=(tuple(tuple(micro) for micro in micro_batches),))
+    batch = pack(
+        samples,
+        dp=1,
+        num_updates=1,
+        max_tokens=max(budget, *longest.values()),
+        version=0,
+        denominator=trained_tokens,
+    )
+    mini = dataclasses.replace(
+        batch.mini_batches[0], micro_batches=(tuple(tuple(micro) for micro in micro_batches),)
+    )
     return dataclasses.replace(batch, mini_batches=(mini,))
 
 
@@ -276,7 +347,9 @@ def _product_ceiling(size: int = 2048) -> float:
 
 
 def _memory(key: str) -> int:
-    """Bytes of `key` in Linux's /proc/self/status: VmRSS (resident now) or VmHWM (the most since the last reset)."""
+    """Bytes of `key` in Linux's /proc/self/status: VmRSS (resident now) or VmHWM (the most since the last
+    reset).
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
@@ -288,7 +361,9 @@ def _reset_peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     whole = commands.add_parser("step", help="whole training steps")
     whole.add_argument("--steps", type=int, default=8)
@@ -296,11 +371,17 @@ def main() -> None:
     whole.set_defaults(run=step)
     planning = commands.add_parser("packing", help="micro-batches for samples of given lengths")
     planning.add_argument("--lengths", type=Path, required=True, help="JSON list of sample lengths, tokens")
-    planning.add_argument("--budget", type=int, default=22528, help="tokens of one micro-batch (batch.max_tokens)")
+    planning.add_argument(
+        "--budget", type=int, default=22528, help="tokens of one micro-batch (batch.max_tokens)"
+    )
     planning.add_argument("--ranks", type=int, default=128, help="data-parallel ranks")
-    planning.add_argument("--tp", type=int, default=1, help="tensor (and sequence) parallel ranks, for the padding")
+    planning.add_argument(
+        "--tp", type=int, default=1, help="tensor (and sequence) parallel ranks, for the padding"
+    )
     planning.add_argument("--cp", type=int, default=1, help="context-parallel ranks, for the padding")
-    planning.add_argument("--fp8", choices=["tensorwise", "delayed", "blockwise", "mxfp8"], help="recipe, for the padding")
+    planning.add_argument(
+        "--fp8", choices=["tensorwise", "delayed", "blockwise", "mxfp8"], help="recipe, for the padding"
+    )
     planning.set_defaults(run=packing)
     part = commands.add_parser("logprob", help="log-probabilities from hidden states")
     for name, default in (("tokens", 4096), ("vocab", 151936), ("hidden", 1024), ("repeats", 3)):
@@ -310,7 +391,9 @@ def main() -> None:
     update.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face checkpoint")
     update.add_argument("--lengths", type=Path, required=True, help="JSON list of sample lengths, tokens")
     update.add_argument("--tokens", type=int, default=16384, help="take lengths from the list up to this sum")
-    update.add_argument("--budget", type=int, default=4096, help="tokens of one micro-batch (batch.max_tokens)")
+    update.add_argument(
+        "--budget", type=int, default=4096, help="tokens of one micro-batch (batch.max_tokens)"
+    )
     update.add_argument("--repeats", type=int, default=3)
     update.add_argument("overrides", nargs="*", metavar="section.key=value")
     update.set_defaults(run=train_step)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/configuration.md from the fields of megatron_dapo/config.py.
+"""Write docs/configuration.md from the fields of megatron_dapo/config/.
 
 python tools/config_docs.py            write it
 python tools/config_docs.py --check    exit 1 when it differs from what would be written
@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megatron_dapo.config import RunConfig
+from megatron_dapo.config import ObjectiveSection, RunConfig
+from megatron_dapo.config.objective import KINDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
 
-<!-- Made by tools/config_docs.py from megatron_dapo/config.py; do not edit by hand. -->
+<!-- Made by tools/config_docs.py from megatron_dapo/config/; do not edit by hand. -->
 
 A run is configured by a YAML file and `section.key=value` overrides, which win:
 
@@ -31,28 +32,49 @@ A run is configured by a YAML file and `section.key=value` overrides, which win:
 python -m megatron_dapo.train examples/configs/tiny.yaml optimizer.lr=1e-4 run.max_steps=20 --dry-run
 ```
 
-Unknown keys are refused, with the nearest valid name. Nothing rewrites what you wrote; the resolved configuration is saved as
-`config.yaml` in the run folder. `--dry-run` prints it, with the layout and the processes a run would start.
+Unknown keys are refused, with the nearest valid name; what does not go together, or does not suit the model
+or the machine, is refused before anything starts (`megatron_dapo/preflight.py`). Nothing rewrites what you
+wrote; the resolved configuration is saved as `config.yaml` in the run folder. `--dry-run` prints it, with the
+layout and the processes a run would start.
 """
 
 
 def section_types() -> dict[str, type[BaseModel]]:
-    """The sections of RunConfig, in order."""
-    return {name: field.annotation for name, field in RunConfig.model_fields.items()}  # type: ignore[misc]
+    """The sections of RunConfig, in order; of the objective one for each kind."""
+    sections: dict[str, type[BaseModel]] = {}
+    for name, field in RunConfig.model_fields.items():
+        if field.annotation is not ObjectiveSection:
+            sections[name] = field.annotation  # type: ignore[assignment]
+            continue
+        for kind, section in KINDS.items():
+            sections[name if len(KINDS) == 1 else f"{name} (kind={kind})"] = section
+    return sections
 
 
 def page(sections: Mapping[str, type[BaseModel]]) -> str:
     """The whole page. ValueError names every key that has no description."""
-    silent = [f"{name}.{key}" for name, section in sections.items() for key, f in fields(section) if not f.description]
+    silent = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, f in fields(section)
+        if not f.description
+    ]
     if silent:
-        raise ValueError(f"no description for {', '.join(silent)}; add Field(description=...) in megatron_dapo/config.py")
+        raise ValueError(
+            f"no description for {', '.join(silent)}; add Field(description=...) in megatron_dapo/config/"
+        )
     parts = [HEAD]
     for name, section in sections.items():
         rows = [
-            f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | {_escape(f.description or '')} |"
+            f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | "
+            f"{_escape(f.description or '')} |"
             for key, f in fields(section)
         ]
-        parts.append("\n".join([f"\n## {name}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]))
+        parts.append(
+            "\n".join(
+                [f"\n## {name}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+            )
+        )
     return "".join(parts)
 
 
@@ -93,7 +115,9 @@ def _name(kind: Any, rules: Sequence[Any] = ()) -> str:
     name = "null" if kind is NoneType else "section" if _is_section(kind) else (origin or kind).__name__
     if origin is not None:
         name += f"[{', '.join(_name(argument) for argument in arguments)}]"
-    return " ".join([name, ", ".join(f"{sign} {limit:g}" for rule in rules for sign, limit in _bounds(rule))]).strip()
+    return " ".join(
+        [name, ", ".join(f"{sign} {limit:g}" for rule in rules for sign, limit in _bounds(rule))]
+    ).strip()
 
 
 def _bounds(rule: Any) -> list[tuple[str, float]]:
@@ -106,7 +130,9 @@ def _escape(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     options = parser.parse_args(arguments)
@@ -117,7 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out.is_file() and options.out.read_text() == text:
         return 0
-    print(f"error: {options.out} does not match megatron_dapo/config.py; run: python tools/config_docs.py", file=sys.stderr)
+    print(
+        f"error: {options.out} does not match megatron_dapo/config/; run: python tools/config_docs.py",
+        file=sys.stderr,
+    )
     return 1
 
 

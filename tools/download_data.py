@@ -2,7 +2,8 @@
 """Download a data set from the Hugging Face hub into JSONL {prompt, answer}.
 
     python tools/download_data.py --name BytedTsinghua-SIA/DAPO-Math-17k --split train \\
-        --prompt-path prompt.0.content --answer-path reward_model.ground_truth --dedup --out data/dapo-math-17k.jsonl
+        --prompt-path prompt.0.content --answer-path reward_model.ground_truth --dedup --out
+        data/dapo-math-17k.jsonl
 
 A path walks through a row: names enter objects, numbers enter lists.
 """
@@ -20,18 +21,24 @@ from megatron_dapo.data.prompts import load_rows
 
 
 def pick(row: Any, path: str) -> Any:
-    """`pick({"prompt": [{"content": "1+1"}]}, "prompt.0.content") == "1+1"`. ValueError says where the path ends."""
+    """`pick({"prompt": [{"content": "1+1"}]}, "prompt.0.content") == "1+1"`. ValueError says where the path
+    ends.
+    """
     value = row
     for part in path.split("."):
         try:
             value = value[int(part)] if isinstance(value, list) else value[part]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             held = list(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-            raise ValueError(f"path {path!r} has no {part!r} in {held}; change --prompt-path or --answer-path") from error
+            raise ValueError(
+                f"path {path!r} has no {part!r} in {held}; change --prompt-path or --answer-path"
+            ) from error
     return value
 
 
-def map_rows(rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool) -> Iterator[dict[str, Any]]:
+def map_rows(
+    rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool
+) -> Iterator[dict[str, Any]]:
     """{prompt, answer} of every row; with `dedup` the first row of every prompt."""
     seen: set[str] = set()
     for row in rows:
@@ -43,9 +50,13 @@ def map_rows(rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: s
         yield {"prompt": prompt, "answer": pick(row, answer_path)}
 
 
-def write(rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool, out: Path) -> int:
+def write(
+    rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool, out: Path
+) -> int:
     """Check the rows as a run would, then write them atomically; returns how many."""
-    checked = load_rows(list(map_rows(rows, prompt_path, answer_path, dedup)), "prompt", "answer", field="--name")
+    checked = load_rows(
+        list(map_rows(rows, prompt_path, answer_path, dedup)), "prompt", "answer", field="--name"
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -56,7 +67,9 @@ def write(rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, help="data set on the hub, owner/name")
     parser.add_argument("--subset", help="configuration of the data set, where it has several")
     parser.add_argument("--split", default="train")

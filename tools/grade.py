@@ -1,9 +1,11 @@
 """Grade a JSONL file of responses with a verifier of the trainer, and compare with labels if there are any.
 
-    python tools/grade.py FILE.jsonl --verifier dapo --response-key response --answer-key answer [--label-key label]
+    python tools/grade.py FILE.jsonl --verifier dapo --response-key response --answer-key answer [--label-key
+    label]
 
-Prints one JSON object: rows, correct, timeouts, errors and, with labels, agreement (the share of rows where the verifier
-and the label say the same). `--by source` adds the same per value of that key; `--disagreements 20` shows rows on stderr.
+Prints one JSON object: rows, correct, timeouts, errors and, with labels, agreement (the share of rows where
+the verifier and the label say the same). `--by source` adds the same per value of that key; `--disagreements
+20` shows rows on stderr.
 """
 
 from __future__ import annotations
@@ -51,7 +53,12 @@ class Tally:
         self.labelled = row.label is not None
 
     def summary(self) -> dict[str, float | int]:
-        counts = {"rows": self.rows, "correct": self.correct, "timeouts": self.timeouts, "errors": self.errors}
+        counts = {
+            "rows": self.rows,
+            "correct": self.correct,
+            "timeouts": self.timeouts,
+            "errors": self.errors,
+        }
         return counts | ({"agreement": round(self.agreed / self.rows, 6)} if self.labelled else {})
 
 
@@ -79,21 +86,28 @@ def read_rows(args: argparse.Namespace) -> Iterator[Row]:
 
 def _value(values: dict, key: str, where: str, option: str):
     if key not in values:
-        raise ValueError(f"{where}: no key {key!r}; it has {', '.join(values) or 'none'} (choose with {option})")
+        raise ValueError(
+            f"{where}: no key {key!r}; it has {', '.join(values) or 'none'} (choose with {option})"
+        )
     return values[key]
 
 
 def _text(values: dict, key: str, where: str, option: str) -> str:
     value = _value(values, key, where, option)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{where}: {key}={value!r} must be text or a number; correct the row or choose with {option}")
+        raise ValueError(
+            f"{where}: {key}={value!r} must be text or a number; correct the row or choose with {option}"
+        )
     return str(value)
 
 
 def _label(values: dict, key: str, where: str) -> bool:
     value = _value(values, key, where, "--label-key")
     if not isinstance(value, bool | int | float) or value not in LABELS:
-        raise ValueError(f"{where}: {key}={value!r} must be true, false, 1, 0 or -1; correct the row or choose with --label-key")
+        raise ValueError(
+            f"{where}: {key}={value!r} must be true, false, 1, 0 or -1; correct the row or choose with "
+            f"--label-key"
+        )
     return LABELS[value]
 
 
@@ -109,7 +123,10 @@ async def grade_file(args: argparse.Namespace, pool: GradingPool) -> dict:
             if row.label is not None and row.label != grade.correct and shown < args.disagreements:
                 shown += 1
                 word = f"{grade.outcome} {grade.correct}, label {row.label}"
-                print(f"line {row.line}: {word}, answer {row.answer!r}, response ...{row.response[-100:]!r}", file=sys.stderr)
+                print(
+                    f"line {row.line}: {word}, answer {row.answer!r}, response ...{row.response[-100:]!r}",
+                    file=sys.stderr,
+                )
     if not total.rows:
         raise ValueError(f"{args.file} has no rows")
     by = {args.by: {name: parts[name].summary() for name in sorted(parts)}} if args.by else {}
@@ -117,14 +134,18 @@ async def grade_file(args: argparse.Namespace, pool: GradingPool) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--verifier", default="dapo", help="dapo, math_verify or package.module:function")
     parser.add_argument("--response-key", default="response")
     parser.add_argument("--answer-key", default="answer")
     parser.add_argument("--label-key", help="true, false, 1, 0 or -1: what the grade should be")
     parser.add_argument("--by", metavar="KEY", help="also summarise per value of this key")
-    parser.add_argument("--disagreements", type=int, default=0, metavar="N", help="show the first N rows whose label differs")
+    parser.add_argument(
+        "--disagreements", type=int, default=0, metavar="N", help="show the first N rows whose label differs"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="grading processes")
     parser.add_argument("--timeout-s", type=float, default=10.0, help="seconds one grade may take")
     return parser.parse_args(argv)

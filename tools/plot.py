@@ -26,7 +26,9 @@ Curve = tuple[list[int], list[float]]
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
-    """Steps and values of every plotted metric, sorted by step. ValueError for a missing, broken or empty file."""
+    """Steps and values of every plotted metric, sorted by step. ValueError for a missing, broken or empty
+    file.
+    """
     if not file.is_file():
         raise ValueError(f"no {file}; give the folder of a run that has recorded a step")
     points: dict[str, dict[int, float]] = {name: {} for name in {**ACCURACIES, **REWARD}}
@@ -35,11 +37,17 @@ def read_curves(file: Path) -> dict[str, Curve]:
             row = json.loads(line)
             step = int(row["step"])
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{file}, line {number}: not a JSON object with a step: {line[:80]!r}") from error
+            raise ValueError(
+                f"{file}, line {number}: not a JSON object with a step: {line[:80]!r}"
+            ) from error
         for name, values in points.items():
             if isinstance(row.get(name), int | float):
                 values[step] = row[name]
-    curves = {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in points.items() if values}
+    curves = {
+        name: (sorted(values), [values[step] for step in sorted(values)])
+        for name, values in points.items()
+        if values
+    }
     if not curves:
         raise ValueError(f"{file} holds none of {', '.join(points)}")
     return curves
@@ -79,7 +87,9 @@ def _draw(axes: Any, curves: Mapping[str, Curve], styles: Mapping[str, tuple[str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, help="PNG file to write")
     parser.add_argument("--title", help="default: the folder's name")

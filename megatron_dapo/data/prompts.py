@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dapo.config import DataConfig
+from megatron_dapo.errors import UserError
 from megatron_dapo.types import Prompt
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def load_rows(
 ) -> list[Row]:
     """Read every problem of a JSONL or Parquet file, a list of dicts or a `datasets.Dataset`.
 
-    Numbers become text ("42" for 42 and 42.0). ValueError names the file, the line and the remedy; `field` is the
-    configuration key that holds the path.
+    Numbers become text ("42" for 42 and 42.0). UserError names the file, the line and the remedy; `field` is
+    the configuration key that holds the path.
     """
     if isinstance(source, str | Path):
         items = _read_file(Path(source), prompt_key, answer_key, field)
@@ -62,7 +63,7 @@ def load_rows(
         items = _read_dataset(source, prompt_key, answer_key)
     rows = [_make_row(item, prompt_key, answer_key, where) for where, item in items]
     if not rows:
-        raise ValueError(f"{field}: {_name(source)} has no rows; give it at least one problem")
+        raise UserError(f"{field}: {_name(source)} has no rows; give it at least one problem")
     return rows
 
 
@@ -73,25 +74,35 @@ def _name(source: Any) -> str:
 def _read_file(path: Path, prompt_key: str, answer_key: str, field: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"{field}={path} {what}; give a .jsonl or .parquet file (tools/download_data.py makes one)")
+        raise UserError(
+            f"{field}={path} {what}; give a .jsonl or .parquet file (tools/download_data.py makes one)"
+        )
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix == ".parquet":
         return _read_parquet(path, prompt_key, answer_key, field)
-    raise ValueError(f"{field}={path} ends in {path.suffix!r}; give a .jsonl file (one JSON object a line) or a .parquet file")
+    raise UserError(
+        f"{field}={path} ends in {path.suffix!r}; give a .jsonl file (one JSON object a line) or a .parquet "
+        f"file"
+    )
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield f"{path}, line {number}", json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
-                raise ValueError(
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested thousands deep
+                raise UserError(
                     f"{path}, line {number}: not a JSON object on one line ({error}); correct or delete it"
                 ) from error
+            yield f"{path}, line {number}", row
 
 
 def _read_parquet(path: Path, prompt_key: str, answer_key: str, field: str) -> Iterator[tuple[str, Any]]:
@@ -107,7 +118,9 @@ def _read_parquet(path: Path, prompt_key: str, answer_key: str, field: str) -> I
                     yield f"{path}, row {index}", item
                     index += 1
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{field}={path} cannot be read as Parquet ({error}); download or write it again") from error
+        raise UserError(
+            f"{field}={path} cannot be read as Parquet ({error}); download or write it again"
+        ) from error
 
 
 def _read_dataset(dataset: datasets.Dataset, prompt_key: str, answer_key: str) -> Iterator[tuple[str, Any]]:
@@ -115,7 +128,9 @@ def _read_dataset(dataset: datasets.Dataset, prompt_key: str, answer_key: str) -
     columns = dataset.select_columns([prompt_key, answer_key]).with_format(None)
     for start in range(0, len(columns), READ_ROWS):
         part = columns[start : start + READ_ROWS]
-        for index, (prompt, answer) in enumerate(zip(part[prompt_key], part[answer_key], strict=True), start=start):
+        for index, (prompt, answer) in enumerate(
+            zip(part[prompt_key], part[answer_key], strict=True), start=start
+        ):
             yield f"row {index}", {prompt_key: prompt, answer_key: answer}
 
 
@@ -123,48 +138,61 @@ def _check_keys(keys: Sequence[str], prompt_key: str, answer_key: str, where: st
     for option, key in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
         if key not in keys:
             nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-            remedy = f"did you mean {option}={nearest[0]}?" if nearest else "a row is an object with a prompt and an answer"
-            raise ValueError(f"{where}: no key {key!r} ({option}) among {list(keys)}; {remedy}")
+            remedy = (
+                f"did you mean {option}={nearest[0]}?"
+                if nearest
+                else "a row is an object with a prompt and an answer"
+            )
+            raise UserError(f"{where}: no key {key!r} ({option}) among {list(keys)}; {remedy}")
 
 
 def _make_row(item: Any, prompt_key: str, answer_key: str, where: str) -> Row:
     if not isinstance(item, Mapping):
-        raise ValueError(f"{where}: a row is an object with a prompt and an answer, got {type(item).__name__}")
+        raise UserError(f"{where}: a row is an object with a prompt and an answer, got {type(item).__name__}")
     _check_keys(list(item), prompt_key, answer_key, where)
     prompt, answer = item[prompt_key], item[answer_key]
     if not isinstance(prompt, str):
-        raise ValueError(
+        raise UserError(
             f"{where}: {prompt_key!r} must be text, got {type(prompt).__name__}; "
-            f"take the text out of chat messages with tools/download_data.py --prompt-path {prompt_key}.0.content"
+            f"take the text out of chat messages with tools/download_data.py --prompt-path "
+            f"{prompt_key}.0.content"
         )
     if not prompt.strip():
-        raise ValueError(f"{where}: {prompt_key!r} is empty; delete the row")
+        raise UserError(f"{where}: {prompt_key!r} is empty; delete the row")
     return Row(prompt, _answer_text(answer, answer_key, where))
 
 
 def _answer_text(answer: Any, answer_key: str, where: str) -> str:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise ValueError(f"{where}: {answer_key!r} must be text or a number, got {answer!r}; correct it or set data.answer_key")
+        raise UserError(
+            f"{where}: {answer_key!r} must be text or a number, got {answer!r}; correct it or set "
+            f"data.answer_key"
+        )
     if isinstance(answer, float):
         if not math.isfinite(answer):
-            raise ValueError(f"{where}: {answer_key!r} is {answer!r}, no response can match it; correct or delete the row")
+            raise UserError(
+                f"{where}: {answer_key!r} is {answer!r}, no response can match it; correct or delete the row"
+            )
         # An integer column with gaps is read as floats; "42.0" would never equal the response "42".
         return str(int(answer)) if answer.is_integer() else str(answer)
     if not str(answer).strip():
-        raise ValueError(f"{where}: {answer_key!r} is empty, no response can match it; delete the row")
+        raise UserError(f"{where}: {answer_key!r} is empty, no response can match it; delete the row")
     return str(answer)
 
 
 class PromptStream:
-    """Prompts in the order that (seed, epoch) shuffles them to, endless or `config.epochs` long, resumable at any position.
+    """Prompts in the order that (seed, epoch) shuffles them to, endless or `config.epochs` long, resumable at
+    any position.
 
-    `position` is the position of the next prompt: it counts delivered prompts over the whole run, without gaps.
-    `skipped_long` counts the prompts skipped up to here because they exceed `data.max_prompt_tokens`.
+    `position` is the position of the next prompt: it counts delivered prompts over the whole run, without
+    gaps. `skipped_long` counts the prompts skipped up to here because they exceed `data.max_prompt_tokens`.
     """
 
-    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+    ) -> None:
         if not rows:
-            raise ValueError("data.path has no rows; give it at least one problem")
+            raise UserError("data.path has no rows; give it at least one problem")
         self.position = 0
         self._rows, self._tokenizer, self._config, self._seed = rows, tokenizer, config, seed
         self._skipped: list[int] = []
@@ -172,7 +200,7 @@ class PromptStream:
         self._digest: str | None = None
         self._shots = _few_shot_messages(config)
         if config.chat and not tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 f"data.chat=true but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
                 "use an instruct model's tokenizer or set data.chat=false with a data.template"
             )
@@ -192,7 +220,9 @@ class PromptStream:
         return (self.position + len(self._skipped)) // len(self._rows)
 
     def next(self) -> Prompt | None:
-        """The next prompt, None at the end of the last epoch. ValueError when a whole pass finds every prompt too long."""
+        """The next prompt, None at the end of the last epoch. UserError when a whole pass finds every prompt
+        too long.
+        """
         limit = self._config.max_prompt_tokens
         for _ in range(len(self._rows)):
             slot = self.position + len(self._skipped)
@@ -206,18 +236,23 @@ class PromptStream:
             self._skipped.append(slot)
             if str(self.skipped_long).strip("0") == "1":  # the 1st, 10th, 100th ...
                 log.warning(
-                    f"data.path row {prompt.row}: {len(prompt.tokens)} tokens exceed data.max_prompt_tokens={limit}; "
+                    f"data.path row {prompt.row}: {len(prompt.tokens)} tokens exceed "
+                    f"data.max_prompt_tokens={limit}; "
                     f"skipped ({self.skipped_long} so far)"
                 )
-        raise ValueError(
-            f"data.path: all {len(self._rows)} prompts are longer than data.max_prompt_tokens={limit}; raise it "
+        raise UserError(
+            f"data.path: all {len(self._rows)} prompts are longer than data.max_prompt_tokens={limit}; raise "
+            f"it "
             "(and batch.max_tokens with it) or shorten data.template and data.few_shot"
         )
 
     def rewind(self, position: int) -> None:
         """Deliver again from an earlier position (or stay, at the present one)."""
         if not 0 <= position <= self.position:
-            raise ValueError(f"cannot rewind to position {position}: the stream has delivered positions below {self.position}")
+            raise ValueError(
+                f"cannot rewind to position {position}: the stream has delivered positions below "
+                f"{self.position}"
+            )
         # Skipped slot number i has `skipped[i] - i` prompts before it.
         kept = bisect_left(range(len(self._skipped)), position, key=lambda i: self._skipped[i] - i)
         del self._skipped[kept:]
@@ -228,7 +263,9 @@ class PromptStream:
         return {"position": self.position, "skipped": list(self._skipped), **self._identity()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`. ValueError when the data, the seed or shuffling differ: positions would mean other prompts."""
+        """Continue from `state()`. UserError when the data, the seed or shuffling differ: positions would
+        mean other prompts.
+        """
         remedies = {
             "data": "data.path holds other problems than the run was started with",
             "seed": "run.seed differs from the run's",
@@ -236,7 +273,7 @@ class PromptStream:
         }
         for key, value in self._identity().items():
             if state[key] != value:
-                raise ValueError(
+                raise UserError(
                     f"cannot resume the prompt stream: {remedies[key]} ({state[key]!r} then, {value!r} now); "
                     "restore it, or start a new run with another run.dir"
                 )
@@ -264,21 +301,30 @@ class PromptStream:
         text = self._config.template.replace("{prompt}", self._rows[row].prompt)
         if self._config.chat:
             messages = [*self._shots, {"role": "user", "content": text}]
-            text = str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        # A chat template writes its special tokens itself; plain text gets what the tokenizer adds by default.
+            text = str(
+                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            )
+        # A chat template writes its special tokens itself; plain text gets what the tokenizer adds by
+        # default.
         tokens = self._tokenizer(text, add_special_tokens=not self._config.chat, verbose=False)["input_ids"]
         if not tokens:
-            raise ValueError(
-                f"data.path row {row}: the tokenizer makes no tokens of {text!r}; delete the row or change data.template"
+            raise UserError(
+                f"data.path row {row}: the tokenizer makes no tokens of {text!r}; delete the row or change "
+                f"data.template"
             )
-        return Prompt(position=self.position, row=row, text=text, answer=self._rows[row].answer, tokens=tuple(tokens))
+        return Prompt(
+            position=self.position, row=row, text=text, answer=self._rows[row].answer, tokens=tuple(tokens)
+        )
 
 
 def _few_shot_messages(config: DataConfig) -> list[dict[str, str]]:
     messages = []
     for number, shot in enumerate(config.few_shot):
         if set(shot) != {"prompt", "response"}:
-            raise ValueError(f"data.few_shot[{number}] has the keys {sorted(shot)}; it needs exactly 'prompt' and 'response'")
+            raise UserError(
+                f"data.few_shot[{number}] has the keys {sorted(shot)}; it needs exactly 'prompt' and "
+                f"'response'"
+            )
         messages.append({"role": "user", "content": config.template.replace("{prompt}", shot["prompt"])})
         messages.append({"role": "assistant", "content": shot["response"]})
     return messages
@@ -291,7 +337,9 @@ def _warn_duplicates(rows: Sequence[Row]) -> None:
     if distinct == len(rows):
         return
     log.warning(
-        f"data.path: {len(rows)} rows hold only {distinct} distinct prompts, so one epoch is {len(rows) / distinct:.3g} passes "
-        "over them (DAPO-Math-17k repeats every prompt 100 times). All rows stay; tools/download_data.py --dedup drops repeats."
+        f"data.path: {len(rows)} rows hold only {distinct} distinct prompts, so one epoch is "
+        f"{len(rows) / distinct:.3g} passes "
+        "over them (DAPO-Math-17k repeats every prompt 100 times). All rows stay; tools/download_data.py "
+        "--dedup drops repeats."
         + (f" {len(conflicts)} prompts have more than one answer." if conflicts else "")
     )

@@ -1,7 +1,8 @@
 """The CPU backend: what Megatron-Core needs to run unmodified without CUDA, over gloo.
 
-Three things: a shim for calls that hard-code `cuda` or that gloo lacks, an RMSNorm that sequence parallelism accepts, and causal attention
-over packed sequences (Megatron's own packed attention lives in TransformerEngine, which needs a GPU).
+Three things: a shim for calls that hard-code `cuda` or that gloo lacks, an RMSNorm that sequence parallelism
+accepts, and causal attention over packed sequences (Megatron's own packed attention lives in
+TransformerEngine, which needs a GPU).
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ import torch.distributed as dist
 from megatron.core.optimizer import optimizer_config
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel import random as rng
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
 
-from megatron_dapo.bridge.hf import HFModel
+from megatron_dapo.batching.zigzag import zigzag
 from megatron_dapo.config import Fp8Config
-from megatron_dapo.policy.forward import zigzag
+from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.policy.fp8 import quantized
 
 _CPU = torch.device("cpu")
@@ -40,17 +45,25 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         kwargs.pop("pin_memory", None)
-        if device is not None and device is not _CPU and (isinstance(device, int) or torch.device(device).type == "cuda"):
+        if (
+            device is not None
+            and device is not _CPU
+            and (isinstance(device, int) or torch.device(device).type == "cuda")
+        ):
             kwargs = {**kwargs, "device": _CPU}
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # gradient clipping asserts torch.cuda.FloatTensor
+        if (
+            func is torch.Tensor.type and len(args) == 1 and not kwargs
+        ):  # gradient clipping asserts torch.cuda.FloatTensor
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """While this mode is on, a tensor says that it is on a GPU, unless it was made by `cpu()` or from one that was."""
+    """While this mode is on, a tensor says that it is on a GPU, unless it was made by `cpu()` or from one
+    that was.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,24 +82,46 @@ _host_copies = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
 
 def _host_copies_on_host(self: HybridDeviceOptimizer, offload_fraction: float) -> Any:
-    """What optimizer.cpu_offload makes: copies on the host of a share of the GPU's parameters. Here both are on the host."""
+    """What optimizer.cpu_offload makes: copies on the host of a share of the GPU's parameters. Here both are
+    on the host.
+    """
     with _AsOnGpu():
         return _host_copies(self, offload_fraction)
 
 
+_sync_groups = HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers
+
+
+def _sync_groups_unfused(self: HybridDeviceOptimizer) -> None:
+    """Megatron updates what optimizer.cpu_offload moved with torch's fused AdamW, which rounds otherwise than
+    the unfused one that updates everything else. Here both are unfused, so that offloading changes no bit.
+    Each step and each load calls this, and what it changes are copies: no checkpoint holds it.
+    """
+    _sync_groups(self)
+    for part in self.sub_optimizers:
+        for group in part.param_groups:
+            group["fused"] = False
+
+
 def _all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
     """Megatron's token dispatcher hands over split sizes as tensors, which gloo does not take."""
-    received, sent = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes))
+    received, sent = (
+        x.tolist() if isinstance(x, torch.Tensor) else x for x in (output_split_sizes, input_split_sizes)
+    )
     return _gloo_all_to_all_single(output, input, received, sent, **kwargs)
 
 
 def _all_gather(outputs, input, group=None, async_op=False):
-    """gloo gathers equal shapes only; experts that are split over ranks gather each rank's own number of tokens."""
+    """gloo gathers equal shapes only; experts that are split over ranks gather each rank's own number of
+    tokens.
+    """
     if len({output.shape for output in outputs}) == 1:
         return _gloo_all_gather(outputs, input, group=group, async_op=async_op)
     received = input.new_empty(sum(len(output) for output in outputs), *input.shape[1:])
     copies = torch.cat([input] * len(outputs))
-    _gloo_all_to_all_single(received, copies, [len(output) for output in outputs], [len(input)] * len(outputs), group=group)
+    _gloo_all_to_all_single(
+        received, copies, [len(output) for output in outputs], [len(input)] * len(outputs), group=group
+    )
     for output, part in zip(outputs, received.split([len(output) for output in outputs]), strict=True):
         output.copy_(part)
 
@@ -95,7 +130,9 @@ def _reduce_scatter(output, inputs, group=None):
     """The sum over ranks of their inputs for this rank, of which gloo wants equal shapes too."""
     received = output.new_empty(len(inputs), *output.shape)
     sizes = [len(input) for input in inputs]
-    _gloo_all_to_all_single(received.flatten(0, 1), torch.cat(inputs), [len(output)] * len(inputs), sizes, group=group)
+    _gloo_all_to_all_single(
+        received.flatten(0, 1), torch.cat(inputs), [len(output)] * len(inputs), sizes, group=group
+    )
     torch.sum(received, 0, out=output)
 
 
@@ -117,7 +154,9 @@ class _Stream:
 
 
 def install() -> None:
-    """Put the shim in place for the rest of this process, once. Only call it where no CUDA device will be used."""
+    """Put the shim in place for the rest of this process, once. Only call it where no CUDA device will be
+    used.
+    """
     if torch.cuda.Event is _Event:
         return
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
@@ -131,14 +170,23 @@ def install() -> None:
         0
     )  # recomputation saves and restores it; nothing here is random
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
-    for name in ("activation_recompute_forward", "fp8_autocast"):  # TransformerEngine's, which recomputation of a norm calls
+    for name in (
+        "activation_recompute_forward",
+        "fp8_autocast",
+    ):  # TransformerEngine's, which recomputation of a norm calls
         setattr(rng, name, lambda **kwargs: contextlib.nullcontext())
     rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)  # type: ignore[attr-defined]
     moe_utils.te_general_gemm = None  # undefined without TransformerEngine
     optimizer_config.is_te_min_version = lambda *args: False  # fails without TransformerEngine
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = _host_copies_on_host  # type: ignore[method-assign]
+    offloading: Any = HybridDeviceOptimizer
+    offloading._get_sub_optimizer_param_groups = _host_copies_on_host
+    offloading._sync_hdo_param_groups_to_sub_optimizers = _sync_groups_unfused
     torch.Tensor.pin_memory = lambda self, *args: self  # type: ignore[assignment]
-    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = _all_to_all_single, _all_gather, _reduce_scatter
+    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = (
+        _all_to_all_single,
+        _all_gather,
+        _reduce_scatter,
+    )
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[assignment]
     # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -156,19 +204,24 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention inside each packed sequence; query, key and value are [T, heads, head_dim].
 
-    Sequences of similar length are put side by side, padded on the right (a causal query never sees later keys), and go
-    through one `scaled_dot_product_attention` call, so cost grows with the tokens and not with the pack squared.
+    Sequences of similar length are put side by side, padded on the right (a causal query never sees later
+    keys), and go through one `scaled_dot_product_attention` call, so cost grows with the tokens and not with
+    the pack squared.
 
-    Under context parallelism every rank gathers all keys and values (their gradients are summed on the way back) and attends with
-    its own queries, at their places in the sequence.
+    Under context parallelism every rank gathers all keys and values (their gradients are summed on the way
+    back) and attends with its own queries, at their positions in the sequence.
     """
 
     def __init__(self, config: Any, layer_number: int, **kwargs: Any) -> None:
         super().__init__()
         if config.attention_dropout:
-            raise ValueError("attention_dropout is not supported on CPU; reinforcement learning runs without dropout")
+            raise ValueError(
+                "attention_dropout is not supported on CPU; reinforcement learning runs without dropout"
+            )
 
-    def forward(self, query, key, value, attention_mask=None, *, packed_seq_params: PackedSeqParams, **kwargs: Any):
+    def forward(
+        self, query, key, value, attention_mask=None, *, packed_seq_params: PackedSeqParams, **kwargs: Any
+    ):
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         group = packed_seq_params.cp_group
         if group is not None and group.size() > 1:
@@ -177,7 +230,9 @@ class PackedAttention(torch.nn.Module):
         out = torch.zeros_like(query)
         for rows_BL, valid_BL in _buckets(bounds):
             q, k, v = (x[rows_BL].transpose(1, 2) for x in (query, key, value))
-            attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=repeat > 1)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=repeat > 1
+            )
             out = out.index_put((rows_BL[valid_BL],), attended.transpose(1, 2)[valid_BL])
         return out.flatten(1)
 
@@ -191,30 +246,38 @@ class PackedAttention(torch.nn.Module):
             here = slice(start // cp, end // cp)
             mask = mine_T[here, None] >= torch.arange(start, end)
             q, k, v = (x.transpose(0, 1) for x in (query[here], key[start:end], value[start:end]))
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[0] > k.shape[0])
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=q.shape[0] > k.shape[0]
+            )
             attended.append(out.transpose(0, 1))
         return torch.cat(attended)
 
 
 def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Sequences grouped so that padding at most doubles a group: token indices [B, L] (padding repeats the last) and validity."""
+    """Sequences grouped so that padding at most doubles a group: token indices [B, L] (padding repeats the
+    last) and validity.
+    """
     groups: dict[int, list[tuple[int, int]]] = {}
     for start, end in zip(bounds, bounds[1:], strict=False):
         if end > start:
             groups.setdefault(max(32, end - start - 1).bit_length(), []).append((start, end))
-    found = []
+    buckets = []
     for members in groups.values():
         starts, ends = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
         offsets = starts + torch.arange(int((ends - starts).max()))
-        found.append((torch.minimum(offsets, ends - 1), offsets < ends))
-    return found
+        buckets.append((torch.minimum(offsets, ends - 1), offsets < ends))
+    return buckets
 
 
-def layer_spec(model: HFModel, fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:
-    """Megatron's local transformer layer with the two modules above and, with `fp8`, linear layers that emulate it."""
+def layer_spec(model: ModelSpec, fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:
+    """Megatron's local transformer layer with the two modules above and, with `fp8`, linear layers that
+    emulate it.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    spec = get_gpt_layer_local_spec(num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+    )
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules

@@ -9,12 +9,14 @@ Every operand of the three products of a linear layer is quantised to FP8 and ba
 An FP8 value stands for `value / scale`. The recipes differ in who shares a scale and where it comes from:
 
     tensorwise  one fp32 scale per tensor, from its own largest value
-    delayed     one fp32 scale per tensor, from the largest value of the previous pass (Megatron's default history of one)
+    delayed     one fp32 scale per tensor, from the largest value of the previous pass (Megatron's default
+    history of one)
     blockwise   a power of two per 1 x 128 values along the contraction, per 128 x 128 of the weight
     mxfp8       a power of two per 1 x 32 values along the contraction
 
-Sources: TransformerEngine's common/recipe/__init__.py (formats, block shapes, `power_2_scale` of Float8BlockScaling),
-common/recipe/recipe_common.cuh (scales), common/recipe/delayed_scaling.cu (history). docs/fp8.md says what is not modelled.
+Sources: TransformerEngine's common/recipe/__init__.py (formats, block shapes, `power_2_scale` of
+Float8BlockScaling), common/recipe/recipe_common.cuh (scales), common/recipe/delayed_scaling.cu (history).
+docs/fp8.md says what is not modelled.
 
 Legend: T tokens, N outputs, K inputs; R rows and C columns of any of them.
 """
@@ -25,7 +27,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 
 from megatron_dapo.config import Fp8Config
 
@@ -34,7 +39,8 @@ BLOCK = {"blockwise": 128, "mxfp8": 32}
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype, *, power_of_two: bool) -> torch.Tensor:
-    """fp32 scales that bring `amax` to the largest value of `dtype`; rounded down to a power of two, so that nothing overflows.
+    """fp32 scales that bring `amax` to the largest value of `dtype`; rounded down to a power of two, so that
+    nothing overflows.
 
     1 where `amax` is 0, infinite or NaN; the largest fp32 where the scale itself would overflow.
     """
@@ -46,7 +52,9 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype, *, power_of_two: bool) -> t
 
 
 def block_scales(x_RC: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Power-of-two scales [R, C], one per block of `block` rows and columns; the last blocks may be smaller."""
+    """Power-of-two scales [R, C], one per block of `block` rows and columns; the last blocks may be
+    smaller.
+    """
     (R, C), (r, c) = x_RC.shape, block
     padded = torch.nn.functional.pad(x_RC.abs(), (0, -C % c, 0, -R % r))
     amax = padded.unflatten(1, (-1, c)).unflatten(0, (-1, r)).amax((1, 3))
@@ -55,7 +63,9 @@ def block_scales(x_RC: torch.Tensor, block: tuple[int, int], dtype: torch.dtype)
 
 
 def round_trip(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 values to FP8 and back: to the nearest, ties to even; too large ones become the largest; NaN stays."""
+    """fp32 values to FP8 and back: to the nearest, ties to even; too large ones become the largest; NaN
+    stays.
+    """
     largest = torch.finfo(dtype).max
     return (x * scale).clamp(-largest, largest).to(dtype).float() * (1 / scale)
 
@@ -63,8 +73,8 @@ def round_trip(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torc
 class Quantizer:
     """How one linear layer quantises its input, weight and gradient.
 
-    Only `delayed` keeps state: the scale in use and the largest value seen since it was set, per role. Both are the same on all
-    ranks of `amax_group` (None: this rank alone).
+    Only `delayed` keeps state: the scale in use and the largest value seen since it was set, per role. Both
+    are the same on all ranks of `amax_group` (None: this rank alone).
     """
 
     def __init__(self, fp8: Fp8Config, amax_group: Any = None) -> None:
@@ -109,7 +119,9 @@ class QuantizedProduct(torch.autograd.Function):
     """x [..., K] times weight [N, K] transposed, with the operands of all three products quantised."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, quantizer: Quantizer, training: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, quantizer: Quantizer, training: bool
+    ) -> torch.Tensor:
         x_TK, weight_NK = x.flatten(0, -2).float(), weight.float()
         out_TN = quantizer(x_TK, "input", along=1) @ quantizer(weight_NK, "weight", along=1).T
         if training:  # as TransformerEngine, which does not update delayed scales in passes without gradient
@@ -132,7 +144,8 @@ class QuantizedProduct(torch.autograd.Function):
 def quantized(linear: Any, fp8: Fp8Config, amax_group: Any) -> Any:
     """Megatron's ColumnParallelLinear or RowParallelLinear with the product above.
 
-    Each rank scales the product it computes: its own shard of the weight and, after a sequence-parallel gather, all tokens.
+    Each rank scales the product it computes: its own shard of the weight and, after a sequence-parallel
+    gather, all tokens.
     """
 
     class Quantized(linear):
@@ -140,7 +153,9 @@ def quantized(linear: Any, fp8: Fp8Config, amax_group: Any) -> Any:
             super().__init__(*args, **kwargs)
             self.quantizer = Quantizer(fp8, amax_group)
 
-        def _forward_impl(self, input, weight, bias, *, allreduce_dgrad, sequence_parallel, tp_group, **fusions: Any):
+        def _forward_impl(
+            self, input, weight, bias, *, allreduce_dgrad, sequence_parallel, tp_group, **fusions: Any
+        ):
             if sequence_parallel:
                 input = gather_from_sequence_parallel_region(input, group=tp_group)
             elif allreduce_dgrad:
@@ -150,7 +165,11 @@ def quantized(linear: Any, fp8: Fp8Config, amax_group: Any) -> Any:
 
         def get_extra_state(self) -> Any:
             """Delayed scales are part of a checkpoint."""
-            return {"scale": self.quantizer.scale, "amax": self.quantizer.amax} if fp8.recipe == "delayed" else None
+            return (
+                {"scale": self.quantizer.scale, "amax": self.quantizer.amax}
+                if fp8.recipe == "delayed"
+                else None
+            )
 
         def set_extra_state(self, state: Any) -> None:
             if state and fp8.recipe == "delayed":

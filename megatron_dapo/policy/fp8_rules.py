@@ -1,7 +1,8 @@
 """policy.fp8: what it means to Megatron, and which models, layouts, GPUs and software can do it.
 
-Hardware and sizes are TransformerEngine's (pytorch/quantization.py of 2.9 to 2.19: `_compute_*_support`; its page "Datatype and
-hardware support matrix"; for mxfp8 its page "MXFP8", data format) and Megatron-Core's (fp8_utils.get_fp8_align_size).
+Hardware and sizes are TransformerEngine's (pytorch/quantization.py of 2.9 to 2.19: `_compute_*_support`; its
+page "Datatype and hardware support matrix"; for mxfp8 its page "MXFP8", data format) and Megatron-Core's
+(fp8_utils.get_fp8_align_size).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_dapo.bridge.hf import HFModel
 from megatron_dapo.config import Fp8Config
+from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
+from megatron_dapo.model_spec import ModelSpec
 
-# Both sides of every weight shard, and the tokens of a micro-batch on each rank (an axis of the weight gradient's product), are
-# multiples of these.
+# Both sides of every weight shard, and the tokens of a micro-batch on each rank (an axis of the weight
+# gradient's product), are multiples of these.
 MULTIPLE = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
 # Least compute capability, the first one it no longer works on, least CUDA
 GPUS = {
@@ -25,7 +27,10 @@ GPUS = {
     "blockwise": ((9, 0), None, (12, 9)),
     "mxfp8": ((10, 0), (12, 0), (12, 8)),
 }
-LEAST_TRANSFORMER_ENGINE = (2, 3)  # the first with all four recipes (megatron-core's fp8_utils.get_fp8_recipe)
+LEAST_TRANSFORMER_ENGINE = (
+    2,
+    3,
+)  # the first with all four recipes (megatron-core's fp8_utils.get_fp8_recipe)
 
 
 def transformer_fields(fp8: Fp8Config | None) -> dict[str, Any]:
@@ -46,18 +51,25 @@ def ddp_fields(fp8: Fp8Config | None) -> dict[str, Any]:
     """Fields of Megatron's DistributedDataParallelConfig."""
     if fp8 is None:
         return {}
-    return dict(fp8_param_gather=fp8.param_gather, reuse_grad_buf_for_mxfp8_param_ag=fp8.param_gather and fp8.recipe == "mxfp8")
+    return dict(
+        fp8_param_gather=fp8.param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=fp8.param_gather and fp8.recipe == "mxfp8",
+    )
 
 
 def optimizer_fields(fp8: Fp8Config | None) -> dict[str, Any]:
     """Fields of Megatron's OptimizerConfig."""
     if fp8 is None:
         return {}
-    return dict(fp8_recipe=fp8.recipe, reuse_grad_buf_for_mxfp8_param_ag=fp8.param_gather and fp8.recipe == "mxfp8")
+    return dict(
+        fp8_recipe=fp8.recipe, reuse_grad_buf_for_mxfp8_param_ag=fp8.param_gather and fp8.recipe == "mxfp8"
+    )
 
 
 def token_multiple(fp8: Fp8Config | None, layout: Layout) -> int:
-    """What the tokens of a packed micro-batch are padded to; under sequence parallelism every rank's share of them is."""
+    """What the tokens of a packed micro-batch are padded to; under sequence parallelism every rank's share of
+    them is.
+    """
     return (MULTIPLE[fp8.recipe] if fp8 else 1) * (layout.tp if layout.sp else 1)
 
 
@@ -66,8 +78,10 @@ def is_quantized(fp8: Fp8Config | None, layer: int, num_layers: int) -> bool:
     return fp8 is not None and not (fp8.first_last_bf16 and layer in (0, num_layers - 1))
 
 
-def check(fp8: Fp8Config, model: HFModel, layout: Layout, dtype: str, *, on_cpu: bool) -> None:
-    """Refuse what this model, layout and machine cannot do. ValueError names the key, the rule and the remedy."""
+def check(fp8: Fp8Config, model: ModelSpec, layout: Layout, dtype: str, *, on_cpu: bool) -> None:
+    """Refuse what this model, layout and machine cannot do. UserError names the key, the rule and the
+    remedy.
+    """
     check_model(fp8, model, layout)
     if on_cpu:
         check_cpu(fp8)
@@ -81,11 +95,14 @@ def check(fp8: Fp8Config, model: HFModel, layout: Layout, dtype: str, *, on_cpu:
     )
 
 
-def check_model(fp8: Fp8Config, model: HFModel, layout: Layout) -> None:
-    """Refuse weight shards that the recipe's blocks do not divide. ValueError names the size and the way out."""
+def check_model(fp8: Fp8Config, model: ModelSpec, layout: Layout) -> None:
+    """Refuse weight shards that the recipe's blocks do not divide. UserError names the size and the way
+    out.
+    """
     if fp8.first_last_bf16 and model.num_layers < 3:
-        raise ValueError(
-            f"policy.fp8.first_last_bf16=true leaves none of the model's {model.num_layers} layers in FP8; set it to false"
+        raise UserError(
+            f"policy.fp8.first_last_bf16=true leaves none of the model's {model.num_layers} layers in FP8; "
+            f"set it to false"
         )
     multiple = MULTIPLE[fp8.recipe]
     for name, size, key, parts in (
@@ -100,8 +117,9 @@ def check_model(fp8: Fp8Config, model: HFModel, layout: Layout) -> None:
     ):
         if size % (parts * multiple):
             fits = [r for r, m in MULTIPLE.items() if size % (parts * m) == 0]
-            raise ValueError(
-                f"policy.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but the model's {name} {size} over "
+            raise UserError(
+                f"policy.fp8.recipe={fp8.recipe} needs multiples of {multiple}, but the model's {name} "
+                f"{size} over "
                 f"layout.{key}={parts} is {size / parts:g} on each rank; lower layout.{key}"
                 + (f" or use recipe {' or '.join(fits)}" if fits else " or set policy.fp8=null")
             )
@@ -110,8 +128,9 @@ def check_model(fp8: Fp8Config, model: HFModel, layout: Layout) -> None:
 def check_cpu(fp8: Fp8Config) -> None:
     """Refuse what the emulation does not model."""
     if fp8.param_gather:
-        raise ValueError(
-            "policy.fp8.param_gather=true changes how a GPU stores parameters, which the CPU's emulation does not model; set it to false"
+        raise UserError(
+            "policy.fp8.param_gather=true changes how a GPU stores parameters, which the CPU's emulation "
+            "does not model; set it to false"
         )
 
 
@@ -123,27 +142,37 @@ def check_gpu(
     cuda: str | None,
     transformer_engine: tuple[int, int] | None,
 ) -> None:
-    """Refuse a GPU (compute capability), CUDA version, compute type or TransformerEngine that cannot do the recipe."""
+    """Refuse a GPU (compute capability), CUDA version, compute type or TransformerEngine that cannot do the
+    recipe.
+    """
     if dtype != "bf16":
-        raise ValueError(f"policy.fp8 on a GPU needs model.dtype=bf16, not {dtype}; {dtype} is for its emulation on CPU")
+        raise UserError(
+            f"policy.fp8 on a GPU needs model.dtype=bf16, not {dtype}; {dtype} is for its emulation on CPU"
+        )
     if transformer_engine is None or transformer_engine < LEAST_TRANSFORMER_ENGINE:
-        found = "it is not installed" if transformer_engine is None else f"{_dotted(transformer_engine)} is"
-        raise ValueError(
-            f"policy.fp8 on a GPU needs TransformerEngine {_dotted(LEAST_TRANSFORMER_ENGINE)} or later, but {found}; pip install "
-            '"transformer-engine[pytorch]>=2.9" (requirements.txt), set policy.fp8=null or emulate it with run.device=cpu'
+        installed = (
+            "it is not installed" if transformer_engine is None else f"{_dotted(transformer_engine)} is"
+        )
+        raise UserError(
+            f"policy.fp8 on a GPU needs TransformerEngine {_dotted(LEAST_TRANSFORMER_ENGINE)} or later, but "
+            f"{installed}; pip install 'transformer-engine[pytorch]>=2.9' (requirements.txt), set "
+            "policy.fp8=null or emulate it with run.device=cpu"
         )
     least, end, least_cuda = GPUS[fp8.recipe]
     if capability < least or (end and capability >= end):
-        able = [r for r, (low, high, _) in GPUS.items() if low <= capability and not (high and capability >= high)]
-        raise ValueError(
+        able = [
+            r for r, (low, high, _) in GPUS.items() if low <= capability and not (high and capability >= high)
+        ]
+        raise UserError(
             f"policy.fp8.recipe={fp8.recipe} needs compute capability {_dotted(least)} or later"
             + (f" and below {_dotted(end)}" if end else "")
             + f", but this GPU has {_dotted(capability)}; "
             + (f"use recipe {' or '.join(able)}" if able else "set policy.fp8=null")
         )
     if cuda is None or tuple(int(part) for part in cuda.split(".")[:2]) < least_cuda:
-        raise ValueError(
-            f"policy.fp8.recipe={fp8.recipe} needs CUDA {_dotted(least_cuda)} or later, but torch is built for {cuda}; "
+        raise UserError(
+            f"policy.fp8.recipe={fp8.recipe} needs CUDA {_dotted(least_cuda)} or later, but torch is built "
+            f"for {cuda}; "
             "use a newer container, another recipe or policy.fp8=null"
         )
 

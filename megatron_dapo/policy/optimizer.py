@@ -1,4 +1,6 @@
-"""Megatron's optimizer and learning-rate schedule from OptimizerConfig. The schedule counts optimizer updates."""
+"""Megatron's optimizer and learning-rate schedule from OptimizerConfig. The schedule counts optimizer
+updates.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,10 @@ _set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
 
 def _set_states_and_keep_step(self: DistributedOptimizer, model_param: Any, tensors: dict[str, Any]) -> None:
-    """torch's AdamW counts its steps per parameter, and Megatron restores that count apart from the sharded state; 0.16 to
-    0.19 then miss it here. Keeping what was already restored makes a resharding load work without TransformerEngine or apex."""
+    """torch's AdamW counts its steps per parameter, and Megatron restores that count apart from the sharded
+    state; 0.16 to 0.19 then miss it here. Keeping what was already restored makes a resharding load work
+    without TransformerEngine or apex.
+    """
     group, order = self.model_param_group_index_map[model_param]
     state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
     _set_states(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
@@ -31,7 +35,9 @@ if USING_PYTORCH_OPTIMIZER:
     DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
 
 
-def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str, fp8: Fp8Config | None = None) -> Any:
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[Any], dtype: str, fp8: Fp8Config | None = None
+) -> Any:
     """AdamW over this rank's parameters; bf16 keeps fp32 master weights. Call after the weights are loaded.
 
     `fp8` is TransformerEngine's on GPU; the CPU's emulation concerns no optimizer.
@@ -63,13 +69,17 @@ def build_optimizer(config: OptimizerConfig, chunks: list[Any], dtype: str, fp8:
 
 
 def ready_gradients(optimizer: Any) -> float:
-    """Hand the reduced gradients to the optimizer; returns their norm over all ranks, before clipping. Nothing is updated yet."""
+    """Hand the reduced gradients to the optimizer; returns their norm over all ranks, before clipping.
+    Nothing is updated yet.
+    """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def apply_gradients(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
-    """The rest of Megatron's `optimizer.step`, which has no place to look at the norm in: clip, AdamW, gather the parameters."""
+    """The rest of Megatron's `optimizer.step`, which does not let anybody look at the norm in between: clip,
+    AdamW, gather the parameters.
+    """
     for part in _parts(optimizer):
         if clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(
@@ -88,14 +98,17 @@ def _allocate_state(optimizer: Any) -> None:
         offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
         for inner in part.optimizer.sub_optimizers if offloaded else [part.optimizer]:
             for parameter, state in _torch_states(inner):
-                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {"step": torch.zeros(())}
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {
+                    "step": torch.zeros(())
+                }
         if offloaded:
             part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Megatron's load, after which torch's AdamW counts the steps of every parameter on its own again: Megatron leaves one
-    shared counter, which each update would advance once per parameter."""
+    """Megatron's load, after which torch's AdamW counts the steps of every parameter on its own again:
+    Megatron leaves one shared counter, which each update would advance once per parameter.
+    """
     optimizer.load_state_dict(state_dict)
     if USING_PYTORCH_OPTIMIZER:
         for part in _parts(optimizer):

@@ -1,240 +1,255 @@
-"""The policy: log-probabilities of a batch and one optimizer update, through Megatron's pipeline schedule.
+"""The policy: the streams that an objective needs, and one optimizer update.
 
-The loss function returns sums; `finalize_model_grads` divides once by the tokens of the whole mini-batch, over all
-data-parallel ranks and micro-batches (Megatron's `calculate_per_token_loss` contract).
+The objective's loss returns sums; Megatron divides the gradient once, by the denominator of the whole
+mini-batch over all data-parallel ranks, context-parallel ranks and micro-batches (its
+`calculate_per_token_loss` contract). Which algorithm the objective is, nothing here knows.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.distributed import DistributedDataParallel
 
-from megatron_dapo.algo.loss import dapo_loss
-from megatron_dapo.algo.mismatch import correct, importance_weights, mismatch_sums
-from megatron_dapo.bridge.hf import HFModel, read_model, resolve_folder
 from megatron_dapo.config import RunConfig
-from megatron_dapo.policy import cpu, fp8_rules, parallel
+from megatron_dapo.metrics import Columns, Count, Metric, merge
+from megatron_dapo.model_spec import read_model
+from megatron_dapo.objectives.base import LossTerms, Objective, TokenInputs
 from megatron_dapo.policy import model as model_file
-from megatron_dapo.policy.forward import MicroBatch, make_micro_batch, response_logprobs, run_model
+from megatron_dapo.policy import rules
+from megatron_dapo.policy.forward import MicroBatch
 from megatron_dapo.policy.guards import Guard
 from megatron_dapo.policy.optimizer import apply_gradients, build_optimizer, build_schedule, ready_gradients
-from megatron_dapo.report.metrics import Count, EffectiveSize, Max, Mean, Metric, merge
-from megatron_dapo.types import Batch, MiniBatch, StepResult
+from megatron_dapo.policy.runner import ModelRunner, micro_batches_of
+from megatron_dapo.policy.session import Session
+from megatron_dapo.types import Batch, MiniBatch, StepResult, Stream, UpdateResult
+from megatron_dapo.weights.hf import resolve_folder
+from megatron_dapo.weights.slices import Shard
 
-OF_TRAINED = ("clip_low", "clip_high", "kl_old")  # sums over the tokens in the loss
-OF_ALL = ("entropy", "fresh_tokens", "kl_k1", "kl_k3", "masked")  # over these and those the mismatch correction masked
-SUMS = ("loss", "num_tokens", *OF_TRAINED, *OF_ALL, "gap", "weights", "squares")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Of one update, over all its micro-batches and ranks. predicted: trained tokens whose log-probability
+    was taken. num_tokens: those of them in the loss. excluded: what the objective left out of its
+    denominator.
+    """
+
+    loss: float
+    predicted: int
+    num_tokens: int
+    excluded: int
+    metrics: dict[str, Metric]
 
 
-class Policy:
-    """The trained model on this rank. Every method is collective: all ranks call it with the same batch."""
+class Policy(ModelRunner):
+    """The trained model on this rank: a ModelRunner with gradients and an optimizer. Every method is
+    collective, and every `batch` is the part of this rank's data-parallel rank (Batch.part).
+    """
 
-    def __init__(self, config: RunConfig, *, on_cpu: bool) -> None:
-        self.config = config
-        self.folder = resolve_folder(config.model.path)
-        self.hf: HFModel = read_model(self.folder)
-        layout, fp8 = config.layout.to_layout(), config.policy.fp8
-        if fp8 is not None:
-            fp8_rules.check(fp8, self.hf, layout, config.model.dtype, on_cpu=on_cpu)
-        if on_cpu:
-            cpu.install()
-        self.place = parallel.start(layout, "gloo" if on_cpu else "nccl")
-        self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        self.chunks = model_file.build(
-            self.hf,
-            self.place,
+    chunks: list[DistributedDataParallel]
+
+    def __init__(self, config: RunConfig, session: Session, objective: Objective) -> None:
+        """UserError for what the model, the layout or the device cannot do (policy/rules.py)."""
+        folder = resolve_folder(config.model.path)
+        spec = read_model(folder)
+        rules.check(config, spec, on_cpu=session.backend.name == "cpu")
+        chunks = model_file.with_gradients(
+            model_file.build(spec, session, config.policy, config.model.dtype, seed=config.run.seed),
             config.policy,
-            config.model.dtype,
-            on_cpu=on_cpu,
+            session.backend,
             distributed_optimizer=config.optimizer.distributed,
-            seed=config.run.seed,
         )
-        model_file.load_weights(self.chunks, self.folder, self.hf, self.place)
-        self.optimizer = build_optimizer(config.optimizer, self.chunks, config.model.dtype, None if on_cpu else fp8)
+        model_file.load_weights(chunks, folder, spec, session)
+        super().__init__(config, session, folder, spec, chunks)
+        self.objective = objective
+        self.columns = Columns.of(metrics_of(objective))
+        self.optimizer = build_optimizer(
+            config.optimizer,
+            chunks,
+            config.model.dtype,
+            session.backend.megatrons_fp8(config.policy),
+        )
         self.schedule = build_schedule(config.optimizer, self.optimizer)
-        self.guard = Guard(config.optimizer, self.place)
-        for chunk in self.chunks:
+        self.guard = Guard(config.optimizer, session)
+        for chunk in chunks:
             chunk.config.finalize_model_grads_func = self.guard.finalize
             chunk.config.grad_scale_func = self.optimizer.scale_loss
         self.num_updates = 0
 
-    def logprobs(self, batch: Batch) -> torch.Tensor:
-        """Log-probability of every trained token under the present weights: [T] over the whole batch, 0 elsewhere.
+    def streams(self, batch: Batch) -> Batch:
+        """The batch with the streams that the objective needs before the first update.
 
-        The same tensor on every rank.
+        Old log-probabilities are computed only for a step of several updates: in a single one they are those
+        of the update itself. Streams of other models must be in the batch already.
         """
-        flat_T = torch.zeros(batch.tokens_T.numel())
+        missing = self.objective.needs - batch.streams.keys()
+        if Stream.OLD_LOGPROBS in missing and len(batch.mini_batches) > 1:
+            batch = batch.with_stream(Stream.OLD_LOGPROBS, self.logprobs(batch))
+        others = missing - {Stream.OLD_LOGPROBS}
+        assert not others, (
+            f"the objective needs {sorted(others)}, which another model has to add to the batch"
+        )
+        return batch
 
-        def collect(hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict]:
-            logprobs_R, _ = self._response_logprobs(hidden, micro)
-            if self.place.tp_rank == 0:
-                flat_T[micro.flat_R] = logprobs_R.cpu()
-            return logprobs_R.sum(), torch.zeros((), dtype=torch.int, device=self.device), {}
+    def update(self, batch: Batch, k: int) -> UpdateResult:
+        """One optimizer update on mini-batch `k`; `batch` has been through `streams`.
 
-        with torch.no_grad():
-            for k in range(len(batch.mini_batches)):
-                self._schedule(batch, k, collect, forward_only=True)
-        dist.all_reduce(flat_T, group=self.place.control)
-        return flat_T
-
-    def update(self, batch: Batch, k: int, old_logprobs_T: torch.Tensor | None = None) -> StepResult:
-        """One optimizer update on mini-batch `k`.
-
-        `old_logprobs_T` [T] comes from `logprobs`; None means the policy has not moved since collection, so the ratio is 1.
-        NotFinite is raised on all ranks; with optimizer.on_nonfinite=skip_update the update is left out instead, which
-        advances neither `num_updates` nor the schedule.
+        NotFinite is raised on all ranks; with optimizer.on_nonfinite=skip_update the update is left out
+        instead, which advances neither `num_updates` nor the schedule.
         """
         mini = batch.mini_batches[k]
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._schedule(batch, k, partial(self._loss, old_logprobs_T), forward_only=False)
-        totals, gap_max = self._gather(outputs)
+        reports_M = self.run_schedule(batch, k, self._loss_function(mini), forward_only=False)
+        totals = self._reduce(reports_M)
         grad_norm = ready_gradients(self.optimizer)
-        micro_losses = [float(output["sums"][0]) for output in outputs] if self.place.reports_loss else []
-        if trouble := self.guard.trouble(totals["loss"], micro_losses, grad_norm, batch, old_logprobs_T):
-            return self._skipped(self.guard.skip(trouble, self.num_updates + 1), mini)
-        assert int(totals["num_tokens"] + totals["masked"]) == mini.num_tokens, (totals, mini.num_tokens)
+        losses_M = [float(report[0]) for report, _ in reports_M] if self.session.reports_loss else []
+        if problem := self.guard.describe_nonfinite(totals.loss, losses_M, grad_norm, batch):
+            return self._skipped(self.guard.skip(problem, self.num_updates + 1), mini)
+        assert totals.predicted == mini.num_tokens, (totals, mini.num_tokens)
         self.schedule.step(increment=1)
         apply_gradients(self.optimizer, self.config.optimizer.clip_grad, grad_norm)
         self.num_updates += 1
         self.guard.check_parameters(self.num_updates)
         spike = self.guard.spike(grad_norm, self.num_updates)
-        return StepResult(
-            loss=totals["loss"] / max(totals["num_tokens"], 1),
+        self.guard.record(grad_norm)
+        return UpdateResult(
+            loss=totals.loss / max(mini.denominator - totals.excluded, 1),
             grad_norm=grad_norm,
-            num_tokens=int(totals["num_tokens"]),
-            num_updates=1,
-            num_micro_batches=len(mini.micro_batches[0]),
+            num_tokens=totals.num_tokens,
+            num_micro_batches=len(micro_batches_of(mini)),
             lr=self.optimizer.param_groups[0]["lr"],
-            metrics=_metrics(totals, gap_max, mini.num_tokens)
-            | {"skipped_updates": Count(0), "grad_norm_spike": Count(bool(spike))},
-            warnings=(spike,) * bool(spike),
+            metrics=totals.metrics
+            | {"skipped_updates": Count(0), "grad_norm_spike": Count(1 if spike else 0)},
+            warnings=(spike,) if spike else (),
         )
 
-    def _loss(
-        self, old_logprobs_T: torch.Tensor | None, hidden: torch.Tensor, micro: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        """Megatron's contract for one micro-batch: the sum of the loss, the number of tokens in it, what to report (SUMS)."""
-        objective = self.config.objective
-        logprobs_R, entropy_R = self._response_logprobs(hidden, micro)
-        old_R = logprobs_R.detach() if old_logprobs_T is None else old_logprobs_T[micro.flat_R].to(self.device)
-        weights_R = importance_weights(
-            old_R,
-            micro.rollout_logprobs_R,
-            micro.samples_R,
-            level=objective.mismatch_level,
-            num_samples=len(micro.bounds) - 1,
-            group=self.place.cp_group,
-        )
-        factors_R, stay_R = correct(
-            weights_R,
-            correction=objective.mismatch_correction,
-            low=objective.mismatch_low,
-            high=objective.mismatch_high,
-        )
-        sums = dapo_loss(
-            logprobs_R,
-            old_R,
-            micro.advantages_R,
-            stay_R,
-            factors_R,
-            eps_low=objective.eps_low,
-            eps_high=objective.eps_high,
-            dual_clip=objective.dual_clip,
-        )
-        gaps = mismatch_sums(old_R, micro.rollout_logprobs_R, micro.fresh_R, weights_R, stay_R)
-        report = (sums.loss.detach(), sums.num_tokens, sums.clip_low, sums.clip_high, sums.kl_old)  # as in SUMS
-        report += (entropy_R.sum(), micro.fresh_R.sum(), gaps.kl_k1, gaps.kl_k3, gaps.masked)
-        report += (gaps.gap, gaps.weights, gaps.squares)
-        stacked = torch.stack([x.double() for x in (*report, gaps.gap_max)]).cpu()
-        return sums.loss, sums.num_tokens.int(), {"sums": stacked[:-1], "gap_max": float(stacked[-1])}
+    def weight_shards(self) -> list[Shard]:
+        """The live parameters that this rank contributes to a push or an export. Call again after every
+        update: with overlapped gathers a rank has other ranks' updated weights only after this call.
+        """
+        model_file.gather_weights(self.chunks)
+        return model_file.weight_shards(self.chunks, self.spec, self.session)
 
-    def _skipped(self, warning: str, mini: MiniBatch) -> StepResult:
+    def _loss_function(self, mini: MiniBatch) -> Callable[..., Any]:
+        """The objective's loss of one micro-batch, as Megatron's schedule takes it.
+
+        Megatron divides the gradient by the sum of what micro-batches and ranks return beside their loss. The
+        denominator is of the whole mini-batch, so the first micro-batch of the first rank adds it, and each
+        takes off what it excluded.
+        """
+        session = self.session
+        first_rank = session.dp_rank == session.cp_rank == 0
+
+        def loss(hidden: torch.Tensor, micro: MicroBatch, number: int) -> tuple[Any, Any, Any]:
+            terms = self.objective.loss(self._inputs(hidden, micro))
+            denominator = mini.denominator if first_rank and number == 0 else 0
+            divisor = (denominator - terms.excluded).to(session.device, torch.int)
+            return terms.loss, divisor, self._report(terms, len(micro.labels_R))
+
+        return loss
+
+    def _inputs(self, hidden: torch.Tensor, micro: MicroBatch) -> TokenInputs:
+        logprobs_R, entropy_R = self.response_logprobs(hidden, micro)
+        streams_R = dict(micro.streams_R)
+        if Stream.OLD_LOGPROBS in self.objective.needs and Stream.OLD_LOGPROBS not in streams_R:
+            streams_R[Stream.OLD_LOGPROBS] = logprobs_R.detach()  # the policy has not moved in this step yet
+        return TokenInputs(
+            logprobs_R=logprobs_R,
+            entropy_R=entropy_R,
+            advantages_R=micro.advantages_R,
+            fresh_R=micro.fresh_R,
+            samples_R=micro.samples_R,
+            num_samples=micro.num_samples,
+            streams=streams_R,
+            sample_group=self.session.cp_group if self.session.layout.cp > 1 else None,
+        )
+
+    def _report(self, terms: LossTerms, predicted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a micro-batch adds to the totals, as float64 on the host: sums (loss, predicted, num_tokens
+        and excluded first, then those of the metrics), and maxima.
+        """
+        sums, maxima = self.columns.split(terms.metrics)
+        own = [terms.loss.detach(), predicted, terms.num_tokens, terms.excluded]
+        device = self.session.device
+        numbers = [torch.as_tensor(x, device=device).double() for x in (*own, *sums, *maxima)]
+        stacked = torch.stack(numbers).cpu()  # one wait for the device
+        return stacked[: len(own) + len(sums)], stacked[len(own) + len(sums) :]
+
+    def _reduce(self, reports_M: list[tuple[torch.Tensor, torch.Tensor]]) -> Totals:
+        """Over micro-batches and ranks, on every rank."""
+        sums = torch.zeros(4 + self.columns.num_sums, dtype=torch.float64)
+        maxima = torch.full((self.columns.num_maxima,), -math.inf, dtype=torch.float64)
+        if self.session.reports_loss:
+            for added, largest in reports_M:
+                sums += added
+                maxima = torch.maximum(maxima, largest)
+        dist.all_reduce(sums, group=self.session.control)
+        if len(maxima):
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.session.control)
+        loss, *counts = sums[:4].tolist()
+        predicted, num_tokens, excluded = map(int, counts)
+        return Totals(
+            loss=loss,
+            predicted=predicted,
+            num_tokens=num_tokens,
+            excluded=excluded,
+            metrics=self.columns.join(sums[4:].tolist(), maxima.tolist()),
+        )
+
+    def _skipped(self, warning: str, mini: MiniBatch) -> UpdateResult:
         """An update that did not happen: counted, and nothing of it in the other metrics."""
-        return StepResult(
+        return UpdateResult(
             loss=math.nan,
             grad_norm=math.nan,
             num_tokens=0,
-            num_updates=0,
-            num_micro_batches=len(mini.micro_batches[0]),
+            num_micro_batches=len(micro_batches_of(mini)),
             lr=self.optimizer.param_groups[0]["lr"],
-            metrics=_metrics(dict.fromkeys(SUMS, 0.0), -math.inf, 0) | {"skipped_updates": Count(1), "grad_norm_spike": Count(0)},
+            skipped=True,
+            metrics=self.columns.nothing() | {"skipped_updates": Count(1), "grad_norm_spike": Count(0)},
             warnings=(warning,),
         )
 
-    def _response_logprobs(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, temperature = model_file.output_weight(self.chunks[-1]), self.config.rollout.temperature
-        return response_logprobs(hidden, weight, micro, self.place, vocab_size=self.hf.vocab_size, temperature=temperature)
 
-    def _micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:
-        starts = [0, *itertools.accumulate(batch.lengths)]
-        layout = self.place.layout
-        align = fp8_rules.token_multiple(self.config.policy.fp8, layout)
-        for indices in batch.mini_batches[k].micro_batches[self.place.dp_rank]:
-            yield make_micro_batch(
-                batch, indices, starts, layout=layout, cp_rank=self.place.cp_rank, align=align, device=self.device
-            )
-
-    def _schedule(self, batch: Batch, k: int, loss: Callable[..., Any], *, forward_only: bool) -> list[dict]:
-        def forward_step(iterator: Iterator[MicroBatch], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
-            micro = next(iterator)
-            return run_model(chunk, micro, self.place), lambda hidden: loss(hidden, micro)
-
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=list(itertools.tee(self._micro_batches(batch, k), len(self.chunks))),
-            model=list(self.chunks),
-            num_microbatches=len(batch.mini_batches[k].micro_batches[0]),
-            seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-
-    def _gather(self, outputs: list[dict]) -> tuple[dict[str, float], float]:
-        """Sums over micro-batches and data-parallel ranks, on every rank."""
-        values = torch.zeros(len(SUMS), dtype=torch.float64)
-        peak = torch.zeros(1, dtype=torch.float64)
-        if self.place.reports_loss:
-            for output in outputs:
-                values += output["sums"]
-                peak = torch.maximum(peak, torch.tensor([output["gap_max"]], dtype=torch.float64))
-        dist.all_reduce(values, group=self.place.control)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.place.control)
-        return dict(zip(SUMS, values.tolist(), strict=True)), float(peak)
+def metrics_of(objective: Objective) -> dict[str, Metric]:
+    """The metrics that the objective's loss reports, learnt from a loss over no tokens: ranks without a loss
+    (earlier pipeline stages) must know them too.
+    """
+    none = torch.zeros(0)
+    streams = {name: none for name in objective.needs | {Stream.ROLLOUT_LOGPROBS}}
+    inputs = TokenInputs(
+        logprobs_R=none,
+        entropy_R=none,
+        advantages_R=none,
+        fresh_R=torch.zeros(0, dtype=torch.bool),
+        samples_R=torch.zeros(0, dtype=torch.int64),
+        num_samples=0,
+        streams=streams,
+    )
+    return dict(objective.loss(inputs).metrics)
 
 
-def _metrics(totals: dict[str, float], gap_max: float, num_tokens: int) -> dict[str, Metric]:
-    """`num_tokens` of the mini-batch, those that the mismatch correction masked included."""
-    return {
-        **{name: Mean(totals[name], totals["num_tokens"]) for name in OF_TRAINED},
-        **{name: Mean(totals[name], num_tokens) for name in OF_ALL},
-        "gap": Mean(totals["gap"], totals["fresh_tokens"]),
-        "gap_max": Max(gap_max),
-        "ess": EffectiveSize(totals["weights"], totals["squares"], num_tokens),
-    }
-
-
-def combine(results: list[StepResult]) -> StepResult:
-    """The report of a step: token-weighted means over its updates, skipped ones left out; learning rate of the last."""
+def combine(results: Sequence[UpdateResult]) -> StepResult:
+    """The report of a step: token-weighted means over its updates, skipped ones left out; learning rate of
+    the last.
+    """
     tokens = sum(r.num_tokens for r in results)
-    done = [r for r in results if r.num_updates]
+    done = [r for r in results if not r.skipped]
 
-    def mean(values: Iterator[float]) -> float:
+    def mean(values: Sequence[float]) -> float:
         if not done:
             return math.nan
         return sum(r.num_tokens / max(tokens, 1) * v for r, v in zip(done, values, strict=True))
 
     return StepResult(
-        loss=mean(r.loss for r in done),
-        grad_norm=mean(r.grad_norm for r in done),
+        loss=mean([r.loss for r in done]),
+        grad_norm=mean([r.grad_norm for r in done]),
         num_tokens=tokens,
         num_updates=len(done),
         num_micro_batches=sum(r.num_micro_batches for r in results),

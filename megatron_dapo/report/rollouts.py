@@ -13,11 +13,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 
+from megatron_dapo.errors import UserError
 from megatron_dapo.types import Completion, Group, Prompt
 
-FORMAT = 1
+FORMAT = 2  # 2: completions name the weight version of every token, their number, and masked tokens
+
+ARRAYS = {"tokens": np.int32, "logprobs": np.float32, "trained": np.bool_}
 
 
 def rollout_path(run_dir: str | Path, step: int) -> Path:
@@ -52,10 +56,12 @@ def save_groups(path: str | Path, groups: Sequence[Group], step: int, meta: dict
 
 
 def load_groups(path: str | Path) -> tuple[list[Group], dict[str, Any]]:
-    """The groups and the header of a file of `save_groups`. ValueError names a file that is missing, cut short or corrupt."""
+    """The groups and the header of a file of `save_groups`. UserError names a file that is missing, cut
+    short or corrupt.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no rollout file at {path}; report.rollouts=true writes one for each step")
+        raise UserError(f"no rollout file at {path}; report.rollouts=true writes one for each step")
     groups: list[Group] = []
     try:
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
@@ -68,8 +74,9 @@ def load_groups(path: str | Path) -> tuple[list[Group], dict[str, Any]]:
         if len(groups) != header["num_groups"]:
             raise ValueError(f"{len(groups)} of {header['num_groups']} groups")
     except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"rollout file {path} is cut short, corrupt or of another version ({error}); delete it or sample again"
+        raise UserError(
+            f"rollout file {path} is cut short, corrupt or of another version ({error}); delete it or sample "
+            f"again"
         ) from error
     return groups, header
 
@@ -91,8 +98,14 @@ def _encode(group: Group) -> dict[str, Any]:
     return {
         **_fields(group),
         "prompt": _fields(group.prompt),
-        "completions": [_fields(completion) for completion in group.completions],
+        "completions": [_encode_completion(completion) for completion in group.completions],
     }
+
+
+def _encode_completion(completion: Completion) -> dict[str, Any]:
+    """Arrays as lists (a float32 is written as the double that equals it); `trained` null: every token is."""
+    arrays = {name: getattr(completion, name).tolist() for name in ARRAYS}
+    return _fields(completion) | arrays | {"trained": None if all(arrays["trained"]) else arrays["trained"]}
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -101,8 +114,17 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _decode(value: dict[str, Any]) -> Group:
     prompt = Prompt(**_tuples(value["prompt"]))
-    completions = tuple(Completion(**_tuples(completion)) for completion in value["completions"])
+    completions = tuple(_decode_completion(completion) for completion in value["completions"])
     return Group(**{**_tuples(value), "prompt": prompt, "completions": completions})
+
+
+def _decode_completion(value: dict[str, Any]) -> Completion:
+    trained = [True] * len(value["tokens"]) if value["trained"] is None else value["trained"]
+    arrays = {
+        name: np.asarray((value | {"trained": trained})[name], dtype=dtype) for name, dtype in ARRAYS.items()
+    }
+    versions = tuple((int(version), int(length)) for version, length in value["versions"])
+    return Completion(**{**value, **arrays, "versions": versions})
 
 
 def _tuples(value: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from megatron_dapo.config import RunConfig
+from megatron_dapo.errors import UserError
 
 # metric -> how the console's line of a step shows it; those that are absent are left out
 SHOWN = {
@@ -40,9 +41,13 @@ class Sink(Protocol):
 
 
 class Reporter:
-    """Owned by rank 0. `resume_step` is the first step that will be recorded after a resume; None for a new run."""
+    """Owned by rank 0. `resume_step` is the first step that will be recorded after a resume; None for a new
+    run.
+    """
 
-    def __init__(self, run_dir: str | Path, config: RunConfig, resume_step: int | None, *, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, config: RunConfig, resume_step: int | None, *, stream: TextIO | None = None
+    ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         out: TextIO = stream if stream is not None else sys.stdout
@@ -62,7 +67,9 @@ class Reporter:
         self._console.line(step_line(step, metrics))
 
     def progress(self, stage: str, done: int, total: int, **info: float | str) -> None:
-        """Show how far a stage is. Cheap: call it for every group or micro-batch. `tokens_per_s=9` is shown as `9 tokens/s`."""
+        """Show how far a stage is. Cheap: call it for every group or micro-batch. `tokens_per_s=9` is shown
+        as `9 tokens/s`.
+        """
         self._console.progress(stage, done, total, info)
 
     def message(self, text: str) -> None:
@@ -80,7 +87,9 @@ def step_line(step: int, metrics: Mapping[str, float]) -> str:
 
 
 class JsonLines:
-    """One JSON object a line, `{"step": 3, ...}`, steps strictly increasing. NaN and infinities become null: JSON has none."""
+    """One JSON object a line, `{"step": 3, ...}`, steps strictly increasing. NaN and infinities become null:
+    JSON has none.
+    """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
         self._last = -math.inf
@@ -93,7 +102,10 @@ class JsonLines:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if step <= self._last:
-            raise ValueError(f"step {step} comes after step {self._last} in metrics.jsonl; record every step once, in order")
+            raise UserError(
+                f"step {step} comes after step {self._last} in metrics.jsonl; record every step once, in "
+                f"order"
+            )
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -112,7 +124,9 @@ def _unused_name(path: Path) -> Path:
 
 
 def _truncate(path: Path, resume_step: int) -> float:
-    """Drop the steps that will be run again, and a last line that the kill cut short. Returns the last step kept."""
+    """Drop the steps that will be run again, and a last line that the kill cut short. Returns the last step
+    kept.
+    """
     lines = path.read_bytes().splitlines(keepends=True)
     kept: list[bytes] = []
     last = -math.inf
@@ -122,7 +136,9 @@ def _truncate(path: Path, resume_step: int) -> float:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number} is not a step's metrics ({error}); move the file away to resume") from error
+            raise UserError(
+                f"{path}, line {number} is not a step's metrics ({error}); move the file away to resume"
+            ) from error
         if step < resume_step:
             kept.append(line if line.endswith(b"\n") else line + b"\n")
             last = max(last, step)
@@ -137,7 +153,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError("report.tensorboard=true needs `pip install tensorboard`; install it or set it to false") from error
+            raise UserError(
+                "report.tensorboard=true needs `pip install tensorboard`; install it or set it to false"
+            ) from error
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -150,13 +168,17 @@ class TensorBoard:
 
 
 class Wandb:
-    """A resumed run continues the same wandb run. `step` is a metric of its own: wandb's counter refuses to go back."""
+    """A resumed run continues the same wandb run. `step` is a metric of its own: wandb's counter refuses to
+    go back.
+    """
 
     def __init__(self, run_dir: Path, config: RunConfig, resume_step: int | None) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError("report.wandb=true needs `pip install wandb`; install it or set it to false") from error
+            raise UserError(
+                "report.wandb=true needs `pip install wandb`; install it or set it to false"
+            ) from error
         id_file = run_dir / "wandb_id"
         if resume_step is None or not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
@@ -181,7 +203,9 @@ class Wandb:
 
 def _describe(info: Mapping[str, float | str]) -> str:
     """`3,812 tokens/s, 0.41 pass rate` of {"tokens_per_s": 3812, "pass_rate": 0.41}."""
-    return ", ".join(f"{_short(value)} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in info.items())
+    return ", ".join(
+        f"{_short(value)} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in info.items()
+    )
 
 
 def _short(value: float | str) -> str:
@@ -239,7 +263,7 @@ class Terminal:
 
 
 class Plain:
-    """Lines for files and pipes: a stage says where it is every PLAIN_PERIOD_S, so a quick one says nothing."""
+    """Lines for files and pipes: a stage reports every PLAIN_PERIOD_S, so a quick one is silent."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

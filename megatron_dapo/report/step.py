@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 
 import psutil
 
-from megatron_dapo.report.metrics import flatten
-from megatron_dapo.rollout.collect import Collected
-from megatron_dapo.types import Batch, StepResult
+from megatron_dapo.metrics import flatten
+from megatron_dapo.types import Batch, Collected, StepResult
 
-COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window", "carried", "carried_over", "expired")
-COUNTS += ("surplus_dropped", "aborted")
+COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window")
+COUNTS += ("carried", "carried_over", "expired", "surplus_dropped", "aborted")
 STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
+# Public names of what the policy and the objectives measure; a metric that is not here is reported as
+# objective/<its name>.
+POLICY_NAMES = {
+    "gap": "policy/rollout_logprob_gap",
+    "gap_max": "policy/rollout_logprob_gap_max",
+    "kl_k1": "mismatch/kl_k1",
+    "kl_k3": "mismatch/kl_k3",
+    "ess": "mismatch/ess",
+    "masked": "mismatch/masked",
+} | {
+    name: f"policy/{name}"
+    for name in (
+        "entropy",
+        "clip_low",
+        "clip_high",
+        "kl_old",
+        "fresh_tokens",
+        "skipped_updates",
+        "grad_norm_spike",
+    )
+}
 
 
 def gap_warning(metrics: Mapping[str, float], limit: float | None) -> str:
-    """What to say when engines and policy disagree on the tokens just sampled by more than `limit` nats on average; else ''."""
-    gap = metrics["policy/rollout_logprob_gap"]
+    """What to say when engines and policy disagree on the tokens just sampled by more than `limit` nats on
+    average; else ''.
+    """
+    gap = metrics.get("policy/rollout_logprob_gap", math.nan)
     if limit is None or not gap > limit:
         return ""
     return (
-        f"the engines' log-probabilities are {gap:.2g} nats from the policy's on average, more than report.gap_warning={limit:g}: their "
-        "weights, or what they compute with them, differ; run.verify_sync=true compares the weights"
+        f"the engines' log-probabilities are {gap:.2g} nats from the policy's on average, more than "
+        f"report.gap_warning={limit:g}: their weights, or what they compute with them, differ; "
+        "run.verify_sync=true compares the weights"
     )
 
 
 def step_metrics(
-    collected: Collected, batch: Batch, result: StepResult, clock: Mapping[str, float], reward_seconds: float, num_updates: int
+    collected: Collected,
+    batch: Batch,
+    result: StepResult,
+    clock: Mapping[str, float],
+    *,
+    reward_seconds: float,
+    request_failures: Mapping[str, int],
+    num_updates: int,
 ) -> dict[str, float]:
     """Everything a step reports, as plain numbers: fractions, tokens, nats, seconds, GiB.
 
-    `accuracy/mean` is over every group sampled in the step, informative or not; `reward/mean` and `response/*` are over the
-    groups trained on. `policy/rollout_logprob_gap` compares engine and policy on the `policy/fresh_tokens` share of tokens that the
-    present weights sampled: carried groups differ by age, not by error. `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
+    `accuracy/mean` is over every group sampled in the step, informative or not; `reward/mean` and
+    `response/*` are over the groups trained on. `policy/rollout_logprob_gap` compares engine and policy on
+    the `policy/fresh_tokens` share of tokens that the present weights sampled: carried groups differ by age,
+    not by error. `sampling/request_failures` counts requests that an engine failed and that were made again.
+    `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
     """
     completions = [c for group in collected.groups for c in group.completions]
     lengths = [len(c.tokens) for c in completions]
-    policy = flatten(result.metrics)
     sampled = collected.sampled or collected.groups
     metrics: dict[str, float] = {
         "update": num_updates,
@@ -50,27 +82,16 @@ def step_metrics(
         "response/truncated": fmean(c.truncated for c in completions),
         "policy/loss": result.loss,
         "policy/grad_norm": result.grad_norm,
-        "policy/entropy": policy["entropy"],
-        "policy/clip_low": policy["clip_low"],
-        "policy/clip_high": policy["clip_high"],
-        "policy/kl_old": policy["kl_old"],
-        "policy/rollout_logprob_gap": policy["gap"],
-        "policy/rollout_logprob_gap_max": policy["gap_max"],
-        "policy/fresh_tokens": policy["fresh_tokens"],
-        "policy/skipped_updates": policy["skipped_updates"],
-        "policy/grad_norm_spike": policy["grad_norm_spike"],
         "policy/micro_batches": result.num_micro_batches,
         "packing/imbalance": batch.imbalance,
         "packing/fill": batch.fill,
-        "mismatch/kl_k1": policy["kl_k1"],
-        "mismatch/kl_k3": policy["kl_k3"],
-        "mismatch/ess": policy["ess"],
-        "mismatch/masked": policy["masked"],
         "tokens/trained": result.num_tokens,
         "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),
         "time/reward": reward_seconds,
         "memory/rss": psutil.Process().memory_info().rss / 2**30,
     }
+    metrics |= {POLICY_NAMES.get(name, f"objective/{name}"): v for name, v in flatten(result.metrics).items()}
+    metrics["sampling/request_failures"] = sum(request_failures.values())
     metrics |= {f"sampling/{name}": collected.counts.get(name, 0) for name in COUNTS}
     metrics |= {f"time/{name}": clock.get(name, 0.0) for name in STAGES}
     return metrics

@@ -3,9 +3,9 @@
     with GradingPool("dapo", workers=2, timeout_s=10) as pool:
         grades = await pool.grade(responses, answer)
 
-Each worker process (`worker.py`) has a thread here that sends it groups and waits for its lines, so the event loop of the
-caller never waits, and any loop will do. The thread starts its own process and outlives it: the kernel's "die with the
-parent" follows the thread that forked.
+Each worker process (`worker.py`) has a thread here that sends it groups and waits for its lines, so the event
+loop of the caller never waits, and any loop will do. The thread starts its own process and outlives it: the
+kernel's "die with the parent" follows the thread that forked.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_dapo.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["graded", "timeout", "error"]
 
 # How long a worker may take to import its verifier.
 START_TIMEOUT_S = 120.0
-# `-c` rather than a script: a script would put this folder, whose math.py hides the standard one, on the path.
+# `-c` rather than a script: a script would put this folder, whose math.py hides the standard one, on the
+# path.
 _BOOT = """import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from megatron_dapo.reward.worker import main
@@ -56,16 +59,16 @@ _ERROR = Grade(correct=False, outcome="error")
 class GradingPool:
     """`workers` processes that run `verifier` ('dapo', 'math_verify' or 'package.module:function').
 
-    A response over `timeout_s` has its worker killed and restarted and counts as "timeout"; an exception or a crash as
-    "error". Both are scored wrong, counted in `counts`, and the first of each kind is logged. The constructor waits until
-    the workers are ready and raises ValueError if they cannot load the verifier.
+    A response over `timeout_s` has its worker killed and restarted and counts as "timeout"; an exception or a
+    crash as "error". Both are scored wrong, counted in `counts`, and the first of each kind is logged. The
+    constructor waits until the workers are ready and raises UserError if they cannot load the verifier.
     """
 
     def __init__(self, verifier: str, workers: int, timeout_s: float) -> None:
         if workers < 1:
-            raise ValueError(f"reward.workers={workers} must be at least 1; raise it")
+            raise UserError(f"reward.workers={workers} must be at least 1; raise it")
         if not timeout_s > 0:
-            raise ValueError(f"reward.timeout_s={timeout_s} must be above 0 seconds; raise it")
+            raise UserError(f"reward.timeout_s={timeout_s} must be above 0 seconds; raise it")
         self.counts: dict[Outcome, int] = {"graded": 0, "timeout": 0, "error": 0}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # makes "put a job" and "close" exclude each other
@@ -80,7 +83,9 @@ class GradingPool:
             raise
 
     async def grade(self, responses: Sequence[str], answer: str) -> list[Grade]:
-        """Grades in the order of the responses. RuntimeError if the pool is closed or a worker cannot be restarted."""
+        """Grades in the order of the responses. RuntimeError if the pool is closed or a worker cannot be
+        restarted.
+        """
         if not responses:
             return []
         job = _Job(responses=list(responses), answer=answer, grades=Future())
@@ -126,7 +131,9 @@ class _Stopped(Exception):
 class _Grader:
     """A thread and the process it keeps alive."""
 
-    def __init__(self, verifier: str, timeout_s: float, jobs: queue.SimpleQueue[_Job | None], log: _FirstOfEach) -> None:
+    def __init__(
+        self, verifier: str, timeout_s: float, jobs: queue.SimpleQueue[_Job | None], log: _FirstOfEach
+    ) -> None:
         self._verifier, self._timeout_s, self._jobs, self._log = verifier, timeout_s, jobs, log
         self._lock = threading.Lock()  # guards _worker and _stopped between this thread and stop()
         self._worker: _Worker | None = None
@@ -136,7 +143,9 @@ class _Grader:
         self.thread.start()
 
     def stop(self) -> None:
-        """Called from outside: make the thread's wait fail at once. Only the thread kills, so no process is killed twice."""
+        """Called from outside: make the thread's wait fail at once. Only the thread kills, so no process is
+        killed twice.
+        """
         with self._lock:
             self._stopped = True
             if self._worker is not None:
@@ -154,7 +163,9 @@ class _Grader:
             try:
                 job.grades.set_result(self._grade(job))
             except _Stopped:
-                job.grades.set_exception(RuntimeError("the grading pool was closed before this group was graded"))
+                job.grades.set_exception(
+                    RuntimeError("the grading pool was closed before this group was graded")
+                )
             except BaseException as error:
                 job.grades.set_exception(error)
         self._discard()
@@ -164,19 +175,25 @@ class _Grader:
         while len(grades) < len(job.responses):
             worker = self._living_worker()
             try:
-                # A restarted worker gets only what is left; the response its predecessor died of has its grade.
+                # A restarted worker gets only what is left; the response its predecessor died of has its
+                # grade.
                 worker.send([job.answer, job.responses[len(grades) :]], self._timeout_s)
                 while len(grades) < len(job.responses):
                     grades.append(self._read(worker.receive(self._timeout_s)))
             except TimeoutError:
                 self._discard()
-                self._log.warn("timeout", f"a grade took longer than reward.timeout_s={self._timeout_s}, answer {job.answer!r}")
+                self._log.warn(
+                    "timeout",
+                    f"a grade took longer than reward.timeout_s={self._timeout_s}, answer {job.answer!r}",
+                )
                 grades.append(_TIMEOUT)
             except (EOFError, ConnectionError):
                 status = self._discard()
                 if self._stopped:
                     raise _Stopped from None
-                self._log.warn("crash", f"verifier {self._verifier!r} ended its worker ({status}), answer {job.answer!r}")
+                self._log.warn(
+                    "crash", f"verifier {self._verifier!r} ended its worker ({status}), answer {job.answer!r}"
+                )
                 grades.append(_ERROR)
         return grades
 
@@ -205,10 +222,12 @@ class _Grader:
             status = self._discard()
             if self._stopped:
                 raise _Stopped from None
-            raise RuntimeError(f"the grading worker for {self._verifier!r} did not start ({error!r}, {status})") from error
+            raise RuntimeError(
+                f"the grading worker for {self._verifier!r} did not start ({error!r}, {status})"
+            ) from error
         if refusal is not None:
             self._discard()
-            raise ValueError(refusal)
+            raise UserError(refusal)
 
     def _discard(self) -> str:
         with self._lock:
@@ -222,8 +241,16 @@ class _Worker:
     def __init__(self, verifier: str) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-c", _BOOT, json.dumps([str(folder) for folder in sys.path]), str(os.getpid()), verifier]
-            # Its own session: Ctrl-C is the trainer's to handle, and what the verifier starts is killed with it.
+            command = [
+                sys.executable,
+                "-c",
+                _BOOT,
+                json.dumps([str(folder) for folder in sys.path]),
+                str(os.getpid()),
+                verifier,
+            ]
+            # Its own session: Ctrl-C is the trainer's to handle, and what the verifier starts is killed with
+            # it.
             self.process = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
         self._lines = self._socket.makefile("rb")
 
@@ -264,7 +291,9 @@ def _wait(process: subprocess.Popen, timeout_s: float) -> bool:
 
 
 class _FirstOfEach:
-    """Logs the first message of each kind, so that ten thousand equal failures are one line; `counts` has the number."""
+    """Logs the first message of each kind, so that ten thousand equal failures are one line; `counts` has the
+    number.
+    """
 
     def __init__(self) -> None:
         self._seen: set[str] = set()

@@ -1,12 +1,14 @@
-"""The grading process: reads groups from a socket on stdin, answers with one line per response. Started by `pool.py`.
+"""The grading process: reads groups from a socket on stdin, answers with one line per response. Started by
+`pool.py`.
 
     parent                              worker
     (starts it)                   <-    null when ready, or the text of why it cannot be
     [answer, [response, ...]]     ->
-                                  <-    true | false | "traceback" for each response, in order, as soon as it is known
+                                  <-    true | false | "traceback" for each response, in order, as soon as it
+                                  is known
 
-Every line is JSON: what model-written text can do to this process, it cannot do to the trainer by way of the reply.
-Kept light (standard library, no torch) because a time-out costs a restart.
+Every line is JSON: what model-written text can do to this process, it cannot do to the trainer by way of the
+reply. Kept light (standard library, no torch) because a time-out costs a restart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ def main(parent_pid: int, spec: str) -> None:
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the parent is gone, however it went (Linux; elsewhere the closed socket ends it)."""
+    """Have the kernel kill this process when the parent is gone, however it went (Linux; elsewhere the closed
+    socket ends it).
+    """
     if sys.platform == "linux":
         import ctypes
 

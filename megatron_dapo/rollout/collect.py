@@ -1,8 +1,10 @@
-"""Dynamic sampling: the batch is the first K informative groups of the prompt stream, whatever order they finish in.
+"""Dynamic sampling: the batch is the first K informative groups of the prompt stream, whatever order they
+finish in.
 
-Requests run ahead of need, by the running pass rate. When the K-th informative group is known, later work in flight is
-aborted and its prompts go back to the front of the stream; finished informative groups beyond K are carried to the next
-step. With `rollout.seeded` requests go out in waves, each waited for, so that nothing depends on timing.
+Requests run ahead of need, by the running pass rate. When the K-th informative group is known, later work in
+flight is aborted and its prompts go back to the front of the stream; finished informative groups beyond K are
+carried to the next step. With `rollout.seeded` requests go out in rounds, and each round is waited for, so
+that nothing depends on timing.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_dapo.algo.filtering import Window, widened
+from megatron_dapo.batching.filtering import Window, widened
 from megatron_dapo.config import SamplingConfig
-from megatron_dapo.types import Group, Prompt
+from megatron_dapo.errors import UserError
+from megatron_dapo.types import Collected, Group, Prompt
 
 SampleGroup = Callable[[Prompt], Awaitable[Group]]
 START_PASS_RATE = 1.0
@@ -27,7 +30,7 @@ class Prompts(Protocol):
     def next(self) -> Prompt | None: ...
 
 
-class SamplingCapReached(RuntimeError):
+class SamplingCapReached(UserError):
     """Too few informative groups within sampling.max_prompts."""
 
 
@@ -41,16 +44,6 @@ class _Slot:
     carried: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collected:
-    """The groups of one step and what happened to all others, by reason."""
-
-    groups: tuple[Group, ...]
-    sampled: tuple[Group, ...]  # every group that finished in this step, whatever became of it
-    counts: dict[str, int]
-    exhausted: bool = False  # the data has ended and nothing is left over
-
-
 @dataclass(slots=True)
 class Collector:
     """Collects steps one after another; its state (`state`, `load_state`) survives a restart of the run."""
@@ -58,7 +51,7 @@ class Collector:
     prompts: Prompts
     sample: SampleGroup
     config: SamplingConfig
-    waves: bool = False
+    one_round_at_a_time: bool = False
     progress: Callable[[int, int], None] = lambda done, total: None
     _slots: list[_Slot] = field(default_factory=list)
     _waiting: deque[Prompt] = field(default_factory=deque)
@@ -72,8 +65,8 @@ class Collector:
     async def collect(self, weight_version: int) -> Collected:
         """Sample until K informative groups are known in order, or the cap or the end of the data.
 
-        May be called again after an exception of the sampler or a cancellation: finished groups are kept, the rest is
-        sampled anew. SamplingCapReached when on_cap is 'error'.
+        May be called again after an exception of the sampler or a cancellation: finished groups are kept, the
+        rest is sampled anew. SamplingCapReached when on_cap is 'error'.
         """
         if self._opened_with is None:
             self._open_step(weight_version)
@@ -85,7 +78,7 @@ class Collector:
                 if len(accepted) == self.config.prompts_per_step:
                     break
                 running = [slot for slot in self._slots if slot.group is None]
-                if not running or not self.waves:
+                if not running or not self.one_round_at_a_time:
                     running += self._launch(window)
                 if not running:
                     if self.config.adaptive and (wider := widened(window)):
@@ -106,18 +99,28 @@ class Collector:
         A step that was begun and given up counts as not begun: all its prompts are sampled again.
         """
         if self._opened_with is None:
-            return {"carried": list(self._carried), "waiting": list(self._waiting), "pass_rate": self._pass_rate}
+            return {
+                "carried": list(self._carried),
+                "waiting": list(self._waiting),
+                "pass_rate": self._pass_rate,
+            }
         carried = {group.prompt.position for group in self._opened_with["carried"]}
         prompts = [*(slot.prompt for slot in self._slots), *self._waiting]
         waiting = [prompt for prompt in prompts if prompt.position not in carried]
         return self._opened_with | {"waiting": sorted(waiting, key=lambda prompt: prompt.position)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._carried, self._waiting, self._pass_rate = list(state["carried"]), deque(state["waiting"]), state["pass_rate"]
+        self._carried, self._waiting, self._pass_rate = (
+            list(state["carried"]),
+            deque(state["waiting"]),
+            state["pass_rate"],
+        )
         self._slots, self._opened_with = [], None
 
     def _open_step(self, weight_version: int) -> None:
-        """Carried groups and prompts that were put back come first, in stream order; groups that are too old are sampled anew."""
+        """Carried groups and prompts that were put back come first, in stream order; groups that are too old
+        are sampled anew.
+        """
         self._opened_with = self.state()
         self._counts, self._launched = Counter(), 0
         slots = [_Slot(prompt) for prompt in self._waiting]
@@ -136,7 +139,11 @@ class Collector:
         first_waiting = self._waiting[0].position if self._waiting else math.inf
         accepted = []
         for slot in self._slots:
-            if slot.group is None or slot.prompt.position > first_waiting or len(accepted) == self.config.prompts_per_step:
+            if (
+                slot.group is None
+                or slot.prompt.position > first_waiting
+                or len(accepted) == self.config.prompts_per_step
+            ):
                 break
             if self._verdict(slot.group, window) == "accepted":
                 accepted.append(slot)
@@ -158,7 +165,10 @@ class Collector:
         missing = math.ceil((self.config.prompts_per_step - informative) / rate) - in_flight
         # A carried group counts only when every prompt before it is known.
         missing = max(
-            missing, sum(prompt.position < self._slots[-1].prompt.position for prompt in self._waiting) if self._slots else 0
+            missing,
+            sum(prompt.position < self._slots[-1].prompt.position for prompt in self._waiting)
+            if self._slots
+            else 0,
         )
         launched = []
         for _ in range(min(missing, self.config.prompt_cap - self._launched)):
@@ -185,7 +195,7 @@ class Collector:
         for slot in running:
             if slot.task is None:
                 slot.task = asyncio.ensure_future(self.sample(slot.prompt))  # type: ignore[arg-type]
-        when = asyncio.ALL_COMPLETED if self.waves else asyncio.FIRST_COMPLETED
+        when = asyncio.ALL_COMPLETED if self.one_round_at_a_time else asyncio.FIRST_COMPLETED
         await asyncio.wait([slot.task for slot in running if slot.task], return_when=when)
         if failed := self._take_finished(running):
             raise failed
@@ -217,13 +227,17 @@ class Collector:
             return
         finished = Counter(self._verdict(slot.group, Window()) for slot in self._slots if slot.group)
         raise SamplingCapReached(
-            f"only {accepted} of sampling.prompts_per_step={self.config.prompts_per_step} groups are informative after "
-            f"sampling.max_prompts={self.config.prompt_cap} prompts ({finished['all_correct']} all correct, {finished['all_wrong']} all "
+            f"only {accepted} of sampling.prompts_per_step={self.config.prompts_per_step} groups are "
+            f"informative after "
+            f"sampling.max_prompts={self.config.prompt_cap} prompts ({finished['all_correct']} all correct, "
+            f"{finished['all_wrong']} all "
             "wrong); use other data, raise sampling.max_prompts, or set sampling.on_cap=train_smaller_batch"
         )
 
     async def _close_step(self, accepted: list[_Slot], window: Window) -> Collected:
-        """Split everything after the K-th accepted group into carried and aborted, and count every group by reason."""
+        """Split everything after the K-th accepted group into carried and aborted, and count every group by
+        reason.
+        """
         taken = {slot.prompt.position for slot in accepted}
         running = [slot for slot in self._slots if slot.group is None]
         await self._abort(running)

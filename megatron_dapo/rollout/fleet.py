@@ -1,163 +1,333 @@
-"""All engines of a run as one: start, route requests, push weights, restart what died."""
+"""All engines of a run: which of them takes a request, and what happens when one fails.
+
+A fault stays where it happens: a request that fails is sent again, elsewhere if there is an elsewhere; an
+engine that dies or hangs is restarted while the others go on; the run ends only below rollout.min_engines.
+Everything here runs inside one event loop (service.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
-from megatron_dapo.bridge.vllm_plugin import DIGEST_VARIABLE
-from megatron_dapo.config import RunConfig
-from megatron_dapo.rollout.engine import Engine, EngineDied
-from megatron_dapo.rollout.launch import EngineServer
+from megatron_dapo.config import RolloutConfig
+from megatron_dapo.errors import UserError
+from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed
+from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, RestartBudget
+from megatron_dapo.rollout.router import Router
 from megatron_dapo.types import Completion
 
+MAX_FAILURES = 3  # of one request, before it ends the run
+LAST_LOOKS, LOOK_S = 20, 0.1  # a server whose engine has died gets 2 s to write its last words into the log
+# What may go wrong with an engine; anything else is a fault of this code.
+ENGINE_ERRORS = (EngineDied, RequestFailed, TimeoutError, OSError, UserError)
 
-class SyncMismatch(RuntimeError):
-    """An engine does not hold the weights that were pushed to it."""
+
+class EngineFailure(UserError):
+    """Too few engines live, or a request fails wherever it is sent. The message names the root causes."""
 
 
 class Fleet:
-    """The vLLM servers of this host and a client for each. Lives on the controller rank only."""
+    """The replicas of a run. `connect` makes the client of a server that is up; `clock` counts seconds.
 
-    def __init__(self, config: RunConfig, *, model: Path, max_model_len: int, stop_token_ids: Sequence[int]) -> None:
-        self._rollout = config.rollout
-        self._stop_token_ids = tuple(stop_token_ids)
-        self._token = secrets.token_urlsafe(16)
-        run_dir = Path(config.run.dir).resolve()
-        self._digests = run_dir / "digests"
+    `message` gets a sentence for the console; it is called from the event loop.
+    """
 
-        def server(index: int, folder: Path, digests: str) -> EngineServer:
-            extra = {DIGEST_VARIABLE: str(self._digests / digests)} if config.run.verify_sync else None
-            return EngineServer(
-                index,
-                str(folder),
-                config.rollout,
-                config.model.dtype,
-                max_model_len,
-                run_dir,
-                self._token,
-                config.run.seed,
-                extra,
-            )
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        replicas: Sequence[Replica],
+        connect: Callable[[Any], Client],
+        *,
+        message: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.replicas = list(replicas)
+        self.version: int | None = None  # the weights that may be sampled from
+        self.request_failures: Counter[str] = Counter()  # by reason
+        self.router = Router(self.replicas, rollout.max_concurrency)
+        self._rollout, self._connect, self._message = rollout, connect, message
+        self._budget = RestartBudget(rollout.max_restarts, clock)
+        self._tasks: set[asyncio.Task[None]] = set()  # replicas on their way up or down
 
-        self.servers = [server(index, model, f"engine_{index}") for index in range(config.rollout.engines)]
-        self._fresh_server = lambda folder: server(len(self.servers), folder, "fresh")
-        self._engines: list[Engine | None] = [None] * len(self.servers)
-        self._broken: set[int] = set()
-        self._load = [0] * len(self.servers)
-        self._restarts_left = config.rollout.max_restarts
+    # --- starting and ending
 
-    def start(self) -> None:
-        """Start every server; they are ready after `connect`. ValueError for a port in use."""
-        for server in self.servers:
-            server.start()
+    async def start(self) -> None:
+        """Start every server; returns at once."""
+        for replica in self.replicas:
+            replica.state = ReplicaState.STARTING
+            self._in_background(self._first_start(replica))
 
-    async def connect(self) -> None:
-        """Wait until every server is healthy and open its client. EngineDied quotes the log of one that does not come up."""
-        await asyncio.gather(*(server.wait_healthy(self._rollout.start_timeout_s) for server in self.servers))
-        for index, server in enumerate(self.servers):
-            if self._engines[index] is None:
-                engine = self._engines[index] = Engine(server.url, self._token, self._rollout.request_timeout_s)
-                await engine.init_weight_transfer()
-
-    async def generate(
-        self, prompt_tokens: Sequence[int], *, n: int, temperature: float, top_p: float, seed: int | None, weight_version: int
-    ) -> list[Completion]:
-        """`n` completions of one prompt from the least loaded engine. EngineDied when that engine is gone."""
-        index = min(range(len(self._load)), key=self._load.__getitem__)
-        engine = self._engines[index]
-        assert engine is not None, "connect() comes first"
-        self._load[index] += n
-        try:
-            return await engine.generate(
-                prompt_tokens,
-                n=n,
-                max_tokens=self._rollout.max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-                weight_version=weight_version,
-                stop_token_ids=self._stop_token_ids,
-            )
-        except (EngineDied, TimeoutError):  # restarted, so that a server that only looks healthy cannot keep the run waiting
-            self._broken.add(index)
-            raise
-        finally:
-            self._load[index] -= n
-
-    async def on_all(self, call: Callable[[Engine], Awaitable[Any]]) -> None:
-        """Make one call on every engine at once. EngineDied when one is gone; `restart_dead` replaces it."""
-        results = await asyncio.gather(*(call(engine) for engine in self._engines if engine), return_exceptions=True)
-        for index, result in enumerate(results):
-            if isinstance(result, BaseException):
-                self._broken.add(index)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def restart_dead(self) -> list[int]:
-        """Restart every engine that died or failed; until the next push its weights are those of the model folder.
-
-        EngineDied when rollout.max_restarts is used up.
+    async def wait_ready(self) -> None:
+        """Return when every server has come up or failed to, and rollout.min_engines are up. EngineFailure if
+        they cannot.
         """
-        dead = [index for index in range(len(self.servers)) if index in self._broken or not await self._works(index)]
-        for index in dead:
-            server = self.servers[index]
-            if self._restarts_left == 0:
-                raise EngineDied(
-                    f"engine {index} died and rollout.max_restarts={self._rollout.max_restarts} is used up.\n{server.log_tail()}"
-                )
-            self._restarts_left -= 1
-            await self._disconnect(index)
-            await asyncio.to_thread(server.stop)
-            server.start()
-        self._broken.clear()
-        await self.connect()
-        return dead
-
-    async def verify(self, export: Path, version: int) -> int:
-        """Compare every parameter in every engine, by SHA-256 taken as loaded, with a fresh server on the exported checkpoint.
-
-        Needs run.verify_sync. Returns the number of parameters compared; SyncMismatch names those that differ.
-        """
-        fresh = self._fresh_server(export)
-        fresh.start()
-        try:
-            await fresh.wait_healthy(self._rollout.start_timeout_s)
-        finally:
-            await asyncio.to_thread(fresh.stop)
-        compared = 0
-        for rank in range(self._rollout.tensor_parallel):
-            expected = json.loads((self._digests / "fresh" / f"tp{rank}-load.json").read_text())
-            for index in range(len(self.servers)):
-                held = json.loads((self._digests / f"engine_{index}" / f"tp{rank}-v{version}.json").read_text())
-                wrong = sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name))
-                if wrong:
-                    raise SyncMismatch(
-                        f"after weight push {version}, engine {index} (tensor-parallel rank {rank}) differs from {export} in "
-                        f"{len(wrong)} of {len(expected)} parameters: {', '.join(wrong[:10])}"
-                    )
-                compared += len(expected)
-        return compared
+        await self.router.until(
+            lambda: (
+                all(replica.was_started for replica in self.replicas)
+                and sum(replica.client is not None for replica in self.replicas) >= self._rollout.min_engines
+            )
+        )
 
     async def close(self) -> None:
-        """Close the clients and stop the servers."""
-        for index in range(len(self._engines)):
-            await self._disconnect(index)
-        await asyncio.gather(*(asyncio.to_thread(server.stop) for server in self.servers))
+        """Close the clients and stop the servers, whatever state they are in."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for replica in self.replicas:
+            client, replica.client, replica.state = replica.client, None, ReplicaState.DEAD
+            if client is not None:
+                await client.close()
+        await asyncio.gather(*(asyncio.to_thread(replica.server.stop) for replica in self.replicas))
 
-    async def _works(self, index: int) -> bool:
-        engine = self._engines[index]
+    # --- requests
+
+    async def generate(
+        self, prompt_tokens: Sequence[int], *, n: int, seed_of: Callable[[int], int | None], **options: Any
+    ) -> list[Completion]:
+        """`n` completions of one prompt from the least loaded replica that has the weights
+        (EngineClient.generate). `seed_of` gives the seed by the weight version that samples.
+
+        A request that fails is sent again, to a replica that it did not fail on if there is one.
+        EngineFailure after MAX_FAILURES of its own (an engine that dies or hangs is the engine's failure), or
+        when too few engines live.
+        """
+        failures: dict[str, RequestFailed] = {}
+        num_failures = 0
+        while True:
+            replica = await self.router.acquire(n, avoid=failures)
+            client, version = replica.client, replica.version
+            try:
+                if client is None or version is None:  # it failed between the grant and now
+                    continue
+                return await client.generate(
+                    prompt_tokens, n=n, weight_version=version, seed=seed_of(version), **options
+                )
+            except RequestFailed as error:
+                self.request_failures[error.reason] += 1
+                if self.request_failures[error.reason] == 1:  # later ones are only counted
+                    self._message(f"{replica.name} failed a request, which is sent again: {error}")
+                failures[replica.name] = error
+                num_failures += 1
+                if num_failures == MAX_FAILURES:
+                    where = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+                    raise EngineFailure(
+                        f"a request failed {num_failures} times, the last on {where}"
+                    ) from error
+            except (EngineDied, TimeoutError) as error:
+                stalled = isinstance(error, EngineStalled)
+                self.request_failures["engine_stalled" if stalled else "engine_died"] += 1
+                self._fail(replica, client, "generating", error)
+            finally:
+                self.router.release(replica, n)
+
+    # --- weights
+
+    def expect(self, version: int) -> None:
+        """From now on only replicas with weight version `version` take requests."""
+        self.version = version
+        for replica in self.replicas:
+            if replica.state is ReplicaState.READY and replica.version != version:
+                replica.state = ReplicaState.STALE
+        self.router.dispatch()
+
+    async def pause(self) -> None:
+        """Send no more requests; return when no replica has one in flight, here or on its server."""
+        self.router.paused = True
+        for replica in self.replicas:
+            if replica.state is ReplicaState.READY:
+                replica.state = ReplicaState.DRAINING
+        await self.router.until(
+            lambda: not any(replica.in_flight for replica in self.replicas), raise_the_end=False
+        )
+        await self._on_each(self._with_clients(), "draining", lambda client: client.wait_idle())
+
+    def resume(self) -> None:
+        """Send requests again, to the replicas that hold the weights."""
+        self.router.paused = False
+        for replica in self.replicas:
+            if replica.state is ReplicaState.DRAINING:
+                current = replica.version == self.version
+                replica.state = ReplicaState.READY if current else ReplicaState.STALE
+        self.router.dispatch()
+
+    async def push_targets(self) -> list[str]:
+        """Names of the replicas that are healthy, each probed now; those that are not are restarted."""
+        self.restart_dead()
+
+        async def probe(client: Client) -> None:
+            if not await client.health():
+                raise EngineDied("it does not answer, or says that its engine is broken")
+
+        await self._on_each(self._with_clients(), "idle", probe)
+        return [replica.name for replica in self._with_clients()]
+
+    async def call(
+        self, names: Collection[str], what: Callable[[Any], Awaitable[None]]
+    ) -> dict[str, BaseException | None]:
+        """Run `what` on the clients of these replicas at once; the error of each or None. Never raises."""
+
+        async def on(name: str) -> None:
+            client = self._named(name).client
+            if client is None:
+                raise EngineDied(f"{name} failed meanwhile: {self._named(name).error}")
+            await what(client)
+
+        results = await asyncio.gather(*(on(name) for name in names), return_exceptions=True)
+        return dict(zip(names, results, strict=True))
+
+    def set_ready(self, name: str, version: int) -> None:
+        """The replica holds this version now."""
+        replica = self._named(name)
+        if replica.client is not None:
+            replica.version, replica.state = version, ReplicaState.READY
+        self.expect(version)
+
+    def set_failed(self, name: str, phase: str, error: BaseException) -> None:
+        """Restart the replica: what it holds is unknown. `phase` says what it failed in, for the console."""
+        replica = self._named(name)
+        self._fail(replica, replica.client, phase, error)
+
+    def restart_dead(self) -> None:
+        """Start replicas again that were left dead because too many had been restarted within an hour."""
+        for replica in self.replicas:
+            if replica.state is ReplicaState.DEAD and not replica.replacing and self._budget.grant():
+                replica.replacing = True
+                self._in_background(self._bring_up(replica))
+
+    # --- failures
+
+    def _fail(self, replica: Replica, client: Client | None, phase: str, error: BaseException) -> None:
+        """Take a replica out and replace it. Nothing happens if that has begun, or if `client` is no longer
+        its client.
+        """
+        if client is None or replica.client is not client:
+            return
+        replica.client, replica.state, replica.version = None, ReplicaState.DEAD, None
+        replica.replacing = True
+        replica.error = f"{replica.name} failed while {phase}: {_words(error)}"
+        self._in_background(self._replace(replica, client, hung=isinstance(error, TimeoutError)))
+        self.router.dispatch()
+
+    async def _replace(self, replica: Replica, client: Client, *, hung: bool) -> None:
+        """Stop a replica that failed, say why with the words of its log, and start it again."""
+        await client.close()
+        replica.error += await _last_words(replica, hung=hung)
+        self._message(replica.error)
+        await asyncio.to_thread(replica.server.stop)
+        await self.router.until(lambda: replica.in_flight == 0, raise_the_end=False)
+        await self._restart(replica)
+
+    async def _first_start(self, replica: Replica) -> None:
+        if not await self._try_start(replica):
+            await self._restart(replica)
+
+    async def _bring_up(self, replica: Replica) -> None:
+        """After a restart was granted: start, and start again while that is granted too."""
+        self._message(f"{replica.name} is started again")
+        if not await self._try_start(replica):
+            await self._restart(replica)
+
+    async def _restart(self, replica: Replica) -> None:
+        """Start again if this may be; else leave the replica dead, and end the run if too few live."""
+        if self._budget.grant():
+            return await self._bring_up(replica)
+        replica.state, replica.replacing = ReplicaState.DEAD, False
+        living = sum(other.state is not ReplicaState.DEAD or other.replacing for other in self.replicas)
+        if living < self._rollout.min_engines:
+            self.router.end(EngineFailure(self._why_too_few(living)))
+        else:
+            self._message(
+                f"{replica.name} is left out: {self._used_up()}; the run goes on with {living} of "
+                f"{len(self.replicas)} engines"
+            )
+            self.router.dispatch()
+
+    async def _try_start(self, replica: Replica) -> bool:
+        """Whether the server came up; it then has no weights but those of the model folder."""
+        replica.state = ReplicaState.STARTING
+        client: Client | None = None
         try:
-            return self.servers[index].poll() is None and engine is not None and await engine.health()
-        except EngineDied:
+            replica.server.start()
+            await replica.server.wait_healthy(self._rollout.start_timeout_s)
+            client = self._connect(replica.server)
+            await client.warm_up(self._rollout.start_timeout_s)
+            await client.init_weight_transfer()
+        except asyncio.CancelledError:
+            if client is not None:
+                await client.close()
+            raise
+        except ENGINE_ERRORS as error:
+            replica.was_started = True
+            replica.error = f"{replica.name} did not start: {_words(error)}"
+            if client is not None:  # it came up, so the error does not quote the log yet
+                await client.close()
+                replica.error += await _last_words(replica, hung=isinstance(error, TimeoutError))
+            self._message(replica.error)
+            await asyncio.to_thread(replica.server.stop)
+            self.router.notify()
             return False
+        replica.client, replica.state, replica.version = client, ReplicaState.STALE, None
+        replica.was_started, replica.replacing = True, False
+        self.router.dispatch()
+        self.router.notify()
+        return True
 
-    async def _disconnect(self, index: int) -> None:
-        engine, self._engines[index] = self._engines[index], None
-        if engine is not None:
-            await engine.close()
+    def _why_too_few(self, living: int) -> str:
+        errors = "\n".join(replica.error for replica in self.replicas if replica.error)
+        return (
+            f"{living} of {len(self.replicas)} engines live, fewer than "
+            f"rollout.min_engines={self._rollout.min_engines}, and {self._used_up()}\n{errors}"
+        )
+
+    def _used_up(self) -> str:
+        return f"rollout.max_restarts={self._rollout.max_restarts} is used up for this hour"
+
+    # --- plumbing
+
+    def _named(self, name: str) -> Replica:
+        return next(replica for replica in self.replicas if replica.name == name)
+
+    def _with_clients(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.client is not None]
+
+    async def _on_each(
+        self, replicas: Sequence[Replica], phase: str, what: Callable[[Client], Awaitable[Any]]
+    ) -> None:
+        """Run `what` on the clients of these replicas at once; a replica on which it raises has failed."""
+
+        async def on(replica: Replica, client: Client) -> None:
+            try:
+                await what(client)
+            except ENGINE_ERRORS as error:
+                self._fail(replica, client, phase, error)
+
+        await asyncio.gather(
+            *(on(replica, replica.client) for replica in replicas if replica.client is not None)
+        )
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.router.end(error)  # a fault of this code ends the run with its traceback
+
+
+async def _last_words(replica: Replica, *, hung: bool) -> str:
+    """What the log of a failed server says. One that is about to end is given time to write it."""
+    for _ in range(0 if hung else LAST_LOOKS):
+        if replica.server.poll() is not None:
+            break
+        await asyncio.sleep(LOOK_S)
+    return f"\n{replica.server.log_tail()}"
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__

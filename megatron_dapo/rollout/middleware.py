@@ -1,4 +1,6 @@
-"""The run's token on every path of a vLLM server but /health. Imported by the server (`--middleware`), so it stays light."""
+"""The run's token on every path of a vLLM server but /health. Imported by the server (`--middleware`), so it
+stays light.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-TOKEN_VARIABLE = "MEGATRON_DAPO_TOKEN"
+from megatron_dapo.environment import TOKEN_VARIABLE
+
 OPEN_PATHS = frozenset({"/health"})
 REFUSAL = b'{"error": "this server belongs to a training run; send its token as Authorization: Bearer"}'
 
@@ -15,12 +18,16 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class RunToken:
-    """ASGI middleware: 401 unless the request carries `Authorization: Bearer <token>` (websockets are refused alike)."""
+    """ASGI middleware: 401 unless the request carries `Authorization: Bearer <token>` (websockets are refused
+    alike).
+    """
 
     def __init__(self, app: App) -> None:
         token = os.environ.get(TOKEN_VARIABLE)
         if not token:
-            raise ValueError(f"{TOKEN_VARIABLE} is not set; start the server through EngineServer, which sets it")
+            raise ValueError(
+                f"{TOKEN_VARIABLE} is not set; start the server through EngineServer, which sets it"
+            )
         self._app = app
         self._expected = f"Bearer {token}".encode()
 
@@ -30,7 +37,10 @@ class RunToken:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(REFUSAL)).encode())]
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(REFUSAL)).encode()),
+            ]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             await send({"type": "http.response.body", "body": REFUSAL})
 

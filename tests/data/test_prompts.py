@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -15,8 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dapo.config import DataConfig
 from megatron_dapo.data import prompts as prompts_module
 from megatron_dapo.data.prompts import PromptStream, Row, load_rows
+from megatron_dapo.errors import UserError
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
@@ -41,7 +46,7 @@ def take(stream: PromptStream, count: int) -> list:
     return [stream.next() for _ in range(count)]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------
 
 
 def write_lines(path, *lines) -> str:
@@ -49,7 +54,11 @@ def write_lines(path, *lines) -> str:
     return str(path)
 
 
-GOOD = [{"problem": "1+1", "solution": 2}, {"problem": "half", "solution": 0.5}, {"problem": "x", "solution": "\\pi"}]
+GOOD = [
+    {"problem": "1+1", "solution": 2},
+    {"problem": "half", "solution": 0.5},
+    {"problem": "x", "solution": "\\pi"},
+]
 GOOD_ROWS = [Row("1+1", "2"), Row("half", "0.5"), Row("x", "\\pi")]
 
 
@@ -71,7 +80,7 @@ def test_long_sources_are_read_in_parts(tmp_path, monkeypatch):
     for source in (path, datasets.Dataset.from_dict(table).with_format("numpy")):
         assert load_rows(source, "prompt", "answer") == ROWS
     pyarrow.parquet.write_table(pyarrow.table({**table, "answer": ["0", "1", "2", None, "4"]}), path)
-    with pytest.raises(ValueError, match="row 3: 'answer' must be text or a number, got None"):
+    with pytest.raises(UserError, match="row 3: 'answer' must be text or a number, got None"):
         load_rows(path, "prompt", "answer")
 
 
@@ -83,6 +92,15 @@ def test_an_integer_read_as_float_is_still_the_integer():
     ("line", "message"),
     [
         ('{"prompt": "a", ', r"rows\.jsonl, line 2: not a JSON object"),
+        pytest.param(
+            "[" * 5000 + "]" * 5000, r"line 2: not a JSON object on one line \(maximum rec", id="deep"
+        ),
+        pytest.param(
+            '{"prompt": "a", "answer": ' + '{"a":' * 5000 + "1" + "}" * 5001,
+            r"rows\.jsonl, line 2: not a JSON object on one line \(maximum recursion depth",
+            id="deep answer",
+        ),
+        ('{"prompt": "\\ud800", "answer": "1"', r"line 2: not a JSON object"),
         ("[1, 2]", r"line 2: a row is an object .* got list"),
         (
             '{"Prompt": "a", "answer": "1"}',
@@ -102,13 +120,27 @@ def test_an_integer_read_as_float_is_still_the_integer():
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     path = write_lines(tmp_path / "rows.jsonl", '{"prompt": "good", "answer": "1"}', line)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_rows(path, "prompt", "answer")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = Path(write_lines(tmp_path / "rows.jsonl", '{"prompt": "a", "answer": "1"}'))
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)  # the suite may run as root, who may read everything
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl cannot be read \(Permission denied\); make it readable"
+    ):
         load_rows(path, "prompt", "answer")
 
 
 def test_a_bad_file_is_named(tmp_path):
     def check(name: str, message: str, **options) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_rows(tmp_path / name, "prompt", "answer", **options)
 
     (tmp_path / "empty.jsonl").touch()
@@ -121,9 +153,9 @@ def test_a_bad_file_is_named(tmp_path):
     check("rows.csv", r"ends in '\.csv'; give a \.jsonl")
     check("text.parquet", r"text\.parquet cannot be read as Parquet")
     check("keys.parquet", r"keys\.parquet: no key 'prompt' .*did you mean data.prompt_key=promt")
-    with pytest.raises(ValueError, match="the given list has no rows"):
+    with pytest.raises(UserError, match="the given list has no rows"):
         load_rows([], "prompt", "answer")
-    with pytest.raises(ValueError, match="the given Dataset: no key 'prompt'"):
+    with pytest.raises(UserError, match="the given Dataset: no key 'prompt'"):
         load_rows(datasets.Dataset.from_dict({"a": ["b"]}), "prompt", "answer")
 
 
@@ -137,7 +169,7 @@ def test_repeated_prompts_are_kept_and_announced_once(caplog):
     assert "1 prompts have more than one answer" in record.message
 
 
-# --- order -----------------------------------------------------------------------------------------------------------
+# --- order ------------------------------------------------------------------------------
 
 
 def test_epochs_are_different_permutations_and_positions_run_on():
@@ -162,7 +194,7 @@ def test_the_stream_ends_after_its_epochs():
     assert stream.next() is None and stream.next() is None and stream.position == 10
 
 
-# --- cursor ----------------------------------------------------------------------------------------------------------
+# --- cursor -----------------------------------------------------------------------------
 
 LONG = 20
 MIXED = [Row("x" * LONG if i % 3 == 1 else f"q{i}", str(i)) for i in range(7)]  # rows 1 and 4 are too long
@@ -176,7 +208,11 @@ def test_a_resumed_stream_continues_as_if_not_stopped(stop):
     take(first, stop)
     second = make_stream(MIXED, max_prompt_tokens=LONG)
     second.load_state(json.loads(json.dumps(first.state())))
-    assert (second.position, second.skipped_long, second.epoch) == (first.position, first.skipped_long, first.epoch)
+    assert (second.position, second.skipped_long, second.epoch) == (
+        first.position,
+        first.skipped_long,
+        first.epoch,
+    )
     assert take(second, 20 - stop) == expected[stop:]
     assert second.skipped_long == whole.skipped_long
 
@@ -211,11 +247,11 @@ def test_rewinding_forward_is_refused():
     ],
 )
 def test_resuming_with_another_order_is_refused(other, message):
-    with pytest.raises(ValueError, match=message + ".*run.dir"):
+    with pytest.raises(UserError, match=message + ".*run.dir"):
         other.load_state(make_stream().state())
 
 
-# --- length ----------------------------------------------------------------------------------------------------------
+# --- length -----------------------------------------------------------------------------
 
 
 def test_long_prompts_are_skipped_and_counted(caplog):
@@ -233,11 +269,11 @@ def test_long_prompts_are_skipped_and_counted(caplog):
 
 @pytest.mark.parametrize("epochs", [None, 1, 2])
 def test_a_stream_without_a_usable_prompt_raises(epochs):
-    with pytest.raises(ValueError, match="all 5 prompts are longer than data.max_prompt_tokens=2"):
+    with pytest.raises(UserError, match="all 5 prompts are longer than data.max_prompt_tokens=2"):
         make_stream(epochs=epochs, max_prompt_tokens=2).next()
 
 
-# --- templates -------------------------------------------------------------------------------------------------------
+# --- templates --------------------------------------------------------------------------
 
 
 def encode(text: str) -> tuple[int, ...]:
@@ -253,12 +289,15 @@ def test_plain_prompts_get_the_tokenizers_special_tokens():
 def test_chat_prompts_hold_the_special_tokens_of_the_template_only():
     shots = [{"prompt": "2+2", "response": "4"}, {"prompt": "3+3", "response": "6"}]
     (prompt,) = take(make_stream([Row("1+1", "2")], chat=True, template="Solve {prompt}.", few_shot=shots), 1)
-    assert prompt.text == "<user>Solve 2+2.|<assistant>4|<user>Solve 3+3.|<assistant>6|<user>Solve 1+1.|<assistant>"
+    assert (
+        prompt.text
+        == "<user>Solve 2+2.|<assistant>4|<user>Solve 3+3.|<assistant>6|<user>Solve 1+1.|<assistant>"
+    )
     assert prompt.tokens == encode(prompt.text)
 
 
 def test_chat_needs_a_chat_template_and_complete_examples():
-    with pytest.raises(ValueError, match="data.chat=true .* no chat template"):
+    with pytest.raises(UserError, match="data.chat=true .* no chat template"):
         PromptStream(ROWS, make_tokenizer(None), DataConfig(chat=True), 0)
-    with pytest.raises(ValueError, match=r"data.few_shot\[0\] has the keys \['answer', 'prompt'\]"):
+    with pytest.raises(UserError, match=r"data.few_shot\[0\] has the keys \['answer', 'prompt'\]"):
         make_stream(chat=True, few_shot=[{"prompt": "a", "answer": "b"}])

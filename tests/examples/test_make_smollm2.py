@@ -1,4 +1,6 @@
-"""GGUF to Hugging Face: names, the rotary permutation by hand and against the rotation itself, the tokenizer's digits."""
+"""GGUF to Hugging Face: names, the rotary permutation by hand and against the rotation itself, the
+tokenizer's digits.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ import make_smollm2 as smollm2
 
 
 def test_rope_permutation_by_hand():
-    # Two heads of four rows. llama.cpp stores each head as rows 0, 2, 1, 3 of the original: (0, 0 + 4/2), (1, 1 + 4/2).
+    # Two heads of four rows. llama.cpp stores each head as rows 0, 2, 1, 3 of the original: (0, 0 + 4/2), (1,
+    # 1 + 4/2).
     original = np.arange(8).repeat(3).reshape(8, 3)
     stored = original[[0, 2, 1, 3, 4, 6, 5, 7]]
     assert (smollm2.undo_rope_permutation(stored, num_heads=2) == original).all()
 
 
 def test_rope_permutation_makes_both_rotations_agree():
-    """Rotating neighbours (llama.cpp) of the stored rows is rotating halves (Hugging Face) of ours, up to the order of rows."""
+    """Rotating neighbours (llama.cpp) of the stored rows is rotating halves (Hugging Face) of ours, up to the
+    order of rows.
+    """
     rng = np.random.default_rng(0)
     stored, angles = rng.normal(size=(8, 1)), rng.normal(size=4)
     cos, sin = np.cos(angles), np.sin(angles)
@@ -57,8 +62,21 @@ def test_tokenizer_splits_digits_and_keeps_special_tokens_whole():
         "llama.context_length": 64,
     }
     tokenizer = smollm2.make_tokenizer(meta)
-    assert tokenizer.tokenize("<|im_start|>aa: 12\n<|im_end|>") == ["<|im_start|>", "aa", ":", "Ġ", "1", "2", "Ċ", "<|im_end|>"]
+    assert tokenizer.tokenize("<|im_start|>aa: 12\n<|im_end|>") == [
+        "<|im_start|>",
+        "aa",
+        ":",
+        "Ġ",
+        "1",
+        "2",
+        "Ċ",
+        "<|im_end|>",
+    ]
     assert tokenizer.decode(tokenizer("aa: 12\n")["input_ids"]) == "aa: 12\n"
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == (
+        "<|im_end|>",
+        "<|im_end|>",
+        "<|im_start|>",
+    )
     with pytest.raises(ValueError, match="smollm"):
         smollm2.make_tokenizer({**meta, "tokenizer.ggml.pre": "llama3"})

@@ -1,4 +1,6 @@
-"""The tiny base model's problems: answers by independent arithmetic, flaws that really are wrong, splits without overlap."""
+"""The tiny base model's problems: answers by independent arithmetic, flaws that really are wrong, splits
+without overlap.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_every_solution_is_right_at_every_step():
         text = tiny.solve(problem)
         expected = evaluate(re.fullmatch(r"What is (.*)\?\n", tiny.question(problem))[1])
         assert final(text) == tiny.answer(problem) == expected
-        assert all(evaluate(left) == int(right) for left, right in re.findall(r"([\d+-]+)=(-?\d+)", text)), text
+        assert all(evaluate(left) == int(right) for left, right in re.findall(r"([\d+-]+)=(-?\d+)", text)), (
+            text
+        )
 
 
 @pytest.mark.parametrize("flaw", tiny.FLAWS)
@@ -79,16 +83,33 @@ def test_tokenizer_gives_back_the_text_splits_evenly_and_survives_loading(tmp_pa
     ascii_text = "".join(map(chr, range(32, 127)))
     for loaded in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         tokens = loaded(text)["input_ids"]
-        assert tokens == tokenizer(text)["input_ids"] and tokens[-1] == loaded.eos_token_id == tokenizer.eos_token_id
+        assert (
+            tokens == tokenizer(text)["input_ids"]
+            and tokens[-1] == loaded.eos_token_id == tokenizer.eos_token_id
+        )
         assert loaded.decode(tokens) == text and loaded.decode(loaded(ascii_text)["input_ids"]) == ascii_text
-        assert loaded.tokenize("What is 12?\nAnswer: 3") == ["What", "Ġis", "Ġ", "1", "2", "?", "Ċ", "Answer", ":", "Ġ", "3"]
+        assert loaded.tokenize("What is 12?\nAnswer: 3") == [
+            "What",
+            "Ġis",
+            "Ġ",
+            "1",
+            "2",
+            "?",
+            "Ċ",
+            "Answer",
+            ":",
+            "Ġ",
+            "3",
+        ]
         assert len(loaded) % 8 == 0 and loaded.pad_token_id == tokenizer.pad_token_id
 
 
 def test_batch_labels_cover_the_response_and_its_end():
     tokenizer = tiny.make_tokenizer()
     tokens, labels = tiny.make_batch(tokenizer, [(37, "+", 48), (10, "-", 10)], 0.0, random.Random(0))
-    for row, label, text in zip(tokens, labels, ["7+8=15,3+4+1=8\nAnswer: 85", "0-0=0,1-1=0\nAnswer: 0"], strict=True):
+    for row, label, text in zip(
+        tokens, labels, ["7+8=15,3+4+1=8\nAnswer: 85", "0-0=0,1-1=0\nAnswer: 0"], strict=True
+    ):
         assert tokenizer.decode(label[label != -100]) == text + tiny.EOS
         assert (row[label != -100] == label[label != -100]).all()
 
@@ -98,7 +119,9 @@ def test_arithmetic_rows_are_right_distinct_and_disjoint():
     assert (len(train), len(held_out)) == (make_arithmetic.NUM_TRAIN, make_arithmetic.NUM_EVAL)
     assert len({row["prompt"] for row in train + held_out}) == len(train) + len(held_out)
     for row in train + held_out:
-        assert int(row["answer"]) == evaluate(row["prompt"].removeprefix("What is ").removesuffix("?").replace(" ", ""))
+        assert int(row["answer"]) == evaluate(
+            row["prompt"].removeprefix("What is ").removesuffix("?").replace(" ", "")
+        )
     assert make_arithmetic.split_problems(0)[0] != make_arithmetic.split_problems(1)[0]
 
 

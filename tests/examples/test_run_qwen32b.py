@@ -19,9 +19,26 @@ def tiny_shape(tmp_path) -> Path:
     """A configuration and a tokenizer file; a plan needs no weights."""
     folder = tmp_path / "model"
     folder.mkdir()
-    shape = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4, "rms_norm_eps": 1e-6}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 32768, "tie_word_embeddings": False}
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rope_theta": 10000.0, **shape, **heads}
+    shape = {
+        "vocab_size": 128,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "rms_norm_eps": 1e-6,
+    }
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    }
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "rope_theta": 10000.0,
+        **shape,
+        **heads,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
     return folder
@@ -40,7 +57,9 @@ def start(tmp_path):
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**clean, "PATH": f"{tmp_path}:{clean['PATH']}", **environment}
         env["PYTHON"] = str(tmp_path / "python")
-        return subprocess.run(["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            ["bash", str(SCRIPT), *arguments], env=env, capture_output=True, text=True, timeout=30
+        )
 
     return run
 
@@ -50,17 +69,27 @@ def test_one_node(start):
     assert found.returncode == 0, found.stderr
     words = found.stdout.split()
     assert words[:4] == ["python", "-m", "torch.distributed.run", "--nnodes=1"]
-    assert words[4:8] == ["--nproc-per-node=4", "--node-rank=0", "--master-addr=127.0.0.1", "--master-port=1234"]
+    assert words[4:8] == [
+        "--nproc-per-node=4",
+        "--node-rank=0",
+        "--master-addr=127.0.0.1",
+        "--master-port=1234",
+    ]
     assert words[8:11] == ["-m", "megatron_dapo.train", str(SCRIPT.parent / "configs" / "qwen32b.yaml")]
     assert words[-1] == "run.max_steps=2"
 
 
-@pytest.mark.parametrize("settings", [{}, {"NNODES": "2", "MASTER_ADDR": "host0"}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "16"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"NNODES": "2", "MASTER_ADDR": "host0"}, {"SLURM_JOB_ID": "1", "SLURM_NNODES": "16"}]
+)
 def test_several_nodes_are_refused_before_anything_starts(start, settings):
     found = start(**settings)
     assert found.returncode == 2
     assert found.stdout == ""
-    assert f"NNODES={settings.get('NNODES', '16')}, but policy ranks on several hosts are not supported yet" in found.stderr
+    assert (
+        f"NNODES={settings.get('NNODES', '16')}, but policy ranks on several hosts are not supported yet"
+        in found.stderr
+    )
 
 
 def test_dry_run_plans_any_size(start):
@@ -74,9 +103,18 @@ def test_dry_run_for_real(tiny_shape, tmp_path):
     """The shipped recipe, planned by the real program for a small model that the layout divides."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "1+1", "answer": "2"}\n')
-    command = ["bash", str(SCRIPT), "--dry-run", f"model.path={tiny_shape}", f"data.path={data}", "evaluation.path=null"]
+    command = [
+        "bash",
+        str(SCRIPT),
+        "--dry-run",
+        f"model.path={tiny_shape}",
+        f"data.path={data}",
+        "evaluation.path=null",
+    ]
     clean = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("SLURM_")}
-    found = subprocess.run(command, env={**clean, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        command, env={**clean, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=120
+    )
     assert found.returncode == 0, found.stderr
     assert "tp8 x pp4 x dp4 + sequence parallel = 128 policy ranks" in found.stdout
     assert "512 groups of 16 samples, 16 updates" in found.stdout
@@ -86,7 +124,9 @@ def test_slurm_job_starts_a_step(start):
     found = start("run.max_steps=2", SLURM_JOB_ID="1", SLURM_NNODES="1", SLURM_JOB_NODELIST="host[7-8]")
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("srun --nodes=1 --ntasks=1 --ntasks-per-node=1 bash ")
-    inside = start(SLURM_JOB_ID="1", SLURM_STEP_ID="0", SLURM_NNODES="1", SLURM_NODEID="0", MASTER_ADDR="host7")
+    inside = start(
+        SLURM_JOB_ID="1", SLURM_STEP_ID="0", SLURM_NNODES="1", SLURM_NODEID="0", MASTER_ADDR="host7"
+    )
     assert "--master-addr=host7" in inside.stdout.split()
 
 

@@ -1,4 +1,6 @@
-"""The mismatch correction on any split: loss, gradient norm and what is reported equal a float64 loop over whole sequences."""
+"""The mismatch correction on any split: loss, gradient norm and what is reported equal a float64 loop over
+whole sequences.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
-from jobs import make_samples
-from ranks import run_ranks
-from tiny import make_tiny_model
+from support import reference
+from support.cases import PolicyRun
+from support.models import make_tiny_model
+from support.ranks import run_ranks
+from support.samples import make_samples
 
 CORRECTIONS = {
     "none": ("none", "token", None, 2.0),
@@ -19,7 +22,12 @@ CORRECTIONS = {
     "mask-token": ("mask", "token", 0.8, 1.25),
     "mask-sequence": ("mask", "sequence", 0.2, 3.0),
 }
-SPLITS = {"tp1-one": ("tp1", "one"), "dp2-half": ("dp2", "half"), "pp2-all": ("pp2", "all"), "tp2_sp-half": ("tp2_sp", "half")}
+SPLITS = {
+    "tp1-one": ("tp1", "one"),
+    "dp2-half": ("dp2", "half"),
+    "pp2-all": ("pp2", "all"),
+    "tp2_sp-half": ("tp2_sp", "half"),
+}
 CASES = [(c, "dp2-half") for c in CORRECTIONS] + [
     (c, s) for c in ("mask-sequence", "truncate-token") for s in SPLITS if s != "dp2-half"
 ]
@@ -32,17 +40,21 @@ def arguments(correction: str) -> list[str]:
 
 
 class World:
-    """A model, samples, and old log-probabilities near those of the engine for some samples and far from them for others."""
+    """A model, samples, and old log-probabilities near those of the engine for some samples and far from them
+    for others.
+    """
 
     def __init__(self, folder: Any) -> None:
         self.folder = folder
-        self.model = str(make_tiny_model(folder / "model", tied=True, layers=2, heads=4, kv_heads=2, hidden=64, ffn=64))
+        self.model = str(
+            make_tiny_model(folder / "model", tied=True, layers=2, heads=4, kv_heads=2, hidden=64, ffn=64)
+        )
         self.samples = make_samples()
         noise = torch.Generator().manual_seed(2)
         self.old = []
         for i, sample in enumerate(self.samples):
             scale = (0.02, 0.1, 0.4)[i % 3]
-            rollout = torch.tensor(sample.rollout_logprobs)
+            rollout = sample.rollout_logprobs
             self.old.append((rollout + scale * torch.randn(len(rollout), generator=noise)).double())
 
     def expected(self, correction: str) -> dict[str, float]:
@@ -51,8 +63,8 @@ class World:
         losses = reference.sample_losses(model, self.samples, self.old)
         total, trained, log_ws, ws = torch.zeros((), dtype=torch.float64), 0, [], []
         for sample, old, part in zip(self.samples, self.old, losses, strict=True):
-            tokens = [t for t, trained_on in enumerate(sample.response_mask) if trained_on]
-            logs = [float(old[t]) - sample.rollout_logprobs[t] for t in tokens]
+            tokens = sample.response_mask.nonzero().flatten().tolist()
+            logs = [float(old[t]) - float(sample.rollout_logprobs[t]) for t in tokens]
             for loss, log_w in zip(part, logs, strict=True):
                 w = math.exp(sum(logs) if level == "sequence" else log_w)
                 log_ws.append(log_w)
@@ -82,13 +94,25 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(scope="module")
 def measured(world):
-    runs = []
-    for correction, split in CASES:
-        layout, budget = SPLITS[split]
-        run = {"layout": layout, "budget": budget, "model": world.model, "num_updates": 1, "overrides": arguments(correction)}
-        runs.append(run | {"name": f"{correction}-{split}"})
+    runs = [
+        PolicyRun(
+            name=f"{correction}-{split}",
+            model=world.model,
+            layout=SPLITS[split][0],
+            budget=SPLITS[split][1],
+            overrides=arguments(correction),
+        )
+        for correction, split in CASES
+    ]
     old = {world.model: torch.cat(world.old).tolist()}
-    return run_ranks("jobs:measure", 2, runs=runs, old_logprobs=old, folder=str(world.folder), timeout_s=550)[0]
+    return run_ranks(
+        "support.jobs_policy:measure",
+        2,
+        runs=runs,
+        old_logprobs=old,
+        folder=str(world.folder),
+        timeout_s=550,
+    )[0]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from parity_runs import Measured, measure
+from support.parity_runs import Measured, measure
 
 
 @pytest.fixture(scope="session")

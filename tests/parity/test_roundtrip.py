@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from parity_runs import BUCKETS, CASES
 from safetensors.torch import load_file
+from support.parity_runs import BUCKETS, CASES
 
 RUNS = [(*case, size) for case in CASES for size in (BUCKETS[-1:] if case[1] == "tp1" else BUCKETS)]
 

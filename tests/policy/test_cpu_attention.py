@@ -26,7 +26,9 @@ def explicit(query, key, value, lengths):
         for t in range(start, start + length):
             row = []
             for h in range(heads):
-                scores = torch.stack([query[t, h] @ key[s, h // repeat] for s in range(start, t + 1)]) / math.sqrt(query.shape[2])
+                scores = torch.stack(
+                    [query[t, h] @ key[s, h // repeat] for s in range(start, t + 1)]
+                ) / math.sqrt(query.shape[2])
                 row.append(scores.softmax(0) @ value[start : t + 1, h // repeat])
             rows.append(torch.cat(row))
         start += length
@@ -74,5 +76,7 @@ def test_rms_norm():
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     scale = math.sqrt((1 + 4 + 9 + 16) / 4 + 0.5)
-    assert norm(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == pytest.approx([1 / scale, 4 / scale, 9 / scale, 16 / scale])
+    assert norm(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == pytest.approx(
+        [1 / scale, 4 / scale, 9 / scale, 16 / scale]
+    )
     assert norm.weight.sequence_parallel is True

@@ -1,4 +1,6 @@
-"""FP8 emulated: rounding by hand, gradients against explicit quantisation, whole policies against transformers."""
+"""FP8 emulated: rounding by hand, gradients against explicit quantisation, whole policies against
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +9,29 @@ import math
 from typing import Any
 
 import pytest
-import reference
 import torch
-from jobs import make_samples, open_policy, plan
-from ranks import run_ranks
-from tiny import make_tiny_model
+from support import reference
+from support.cases import PolicyRun
+from support.fp8_reference import TABLES, nearest, operand
+from support.models import make_tiny_model
+from support.ranks import run_ranks
+from support.samples import make_samples
 
 from megatron_dapo.config import Fp8Config
-from megatron_dapo.policy.fp8 import E4M3, E5M2, QuantizedProduct, Quantizer, block_scales, round_trip, scale_of
+from megatron_dapo.policy.fp8 import (
+    E4M3,
+    E5M2,
+    QuantizedProduct,
+    Quantizer,
+    block_scales,
+    round_trip,
+    scale_of,
+)
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 INF, NAN = math.inf, math.nan
 
-# --- rounding, by hand -------------------------------------------------------------------------------------------------
+# --- rounding, by hand ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,57 +106,22 @@ def test_each_block_has_its_scale_and_the_last_ones_are_smaller():
     assert columns[128:, 5].tolist() == [512.0, 512.0] and columns[32:, 0].unique().tolist() == [1.0]
 
 
-# --- the reference: values listed from the formats' definition, scales by loops over blocks ------------------------------------
-
-
-def representable(bits: int, bias: int, largest: float) -> list[float]:
-    """The positive values of a float with `bits` mantissa bits, in order; the place in the list is even where the mantissa is."""
-    found = [m * 2.0 ** (1 - bias - bits) for m in range(2**bits)]
-    for exponent, m in itertools.product(range(1, 32), range(2**bits)):
-        found.append((1 + m / 2**bits) * 2.0 ** (exponent - bias))
-    return [value for value in found if value <= largest]
-
-
-TABLES = {E4M3: representable(3, 7, 448.0), E5M2: representable(2, 15, 57344.0)}
-
-
-def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    table = torch.tensor(TABLES[dtype], dtype=torch.float64)
-    size = x.double().abs().clamp(max=table[-1])
-    above = torch.searchsorted(table, size).clamp(max=len(table) - 1)
-    below = (above - 1).clamp(min=0)
-    up, down = table[above] - size, size - table[below]
-    return x.double().sign() * torch.where((up < down) | ((up == down) & (above % 2 == 0)), table[above], table[below])
-
-
-def quantize(x_RC: torch.Tensor, block: tuple[int, int], dtype: torch.dtype, *, power: bool) -> torch.Tensor:
-    """Block by block, in float64."""
-    x_RC = x_RC.double()
-    out = torch.empty_like(x_RC)
-    for r, c in itertools.product(range(0, x_RC.shape[0], block[0]), range(0, x_RC.shape[1], block[1])):
-        part = x_RC[r : r + block[0], c : c + block[1]]
-        scale = TABLES[dtype][-1] / (float(part.abs().max()) or TABLES[dtype][-1])
-        scale = 2.0 ** math.floor(math.log2(scale)) if power else scale
-        out[r : r + block[0], c : c + block[1]] = nearest(part * scale, dtype) / scale
-    return out
-
-
-def operand(x_RC: torch.Tensor, recipe: str, role: str, along: int, dtype: torch.dtype) -> torch.Tensor:
-    if recipe == "tensorwise":
-        return quantize(x_RC, tuple(x_RC.shape), dtype, power=False)
-    size = {"blockwise": 128, "mxfp8": 32}[recipe]
-    if recipe == "blockwise" and role == "weight":
-        return quantize(x_RC, (size, size), dtype, power=True)
-    return quantize(x_RC, (1, size) if along == 1 else (size, 1), dtype, power=True)
+# --- the reference itself ---------------------------------------------------------------
 
 
 def test_the_reference_knows_the_formats():
-    assert TABLES[E4M3][:2] == [0.0, 2.0**-9] and TABLES[E4M3][-2:] == [416.0, 448.0] and len(TABLES[E4M3]) == 127
-    assert TABLES[E5M2][1] == 2.0**-16 and TABLES[E5M2][-2:] == [49152.0, 57344.0] and len(TABLES[E5M2]) == 124
+    assert (
+        TABLES[E4M3][:2] == [0.0, 2.0**-9]
+        and TABLES[E4M3][-2:] == [416.0, 448.0]
+        and len(TABLES[E4M3]) == 127
+    )
+    assert (
+        TABLES[E5M2][1] == 2.0**-16 and TABLES[E5M2][-2:] == [49152.0, 57344.0] and len(TABLES[E5M2]) == 124
+    )
     assert nearest(torch.tensor([1.0625, 1.1875, -464.0]), E4M3).tolist() == [1.0, 1.25, -448.0]
 
 
-# --- one product and its gradients --------------------------------------------------------------------------------------------
+# --- one product and its gradients ------------------------------------------------------
 
 T, N, K = 40, 144, 160  # no multiples of 128
 
@@ -169,7 +146,11 @@ def test_operands_equal_the_reference(recipe, role, along):
 @pytest.mark.parametrize("format", ["e4m3", "hybrid"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_a_product_and_its_gradients_equal_explicit_quantisation(recipe, format):
-    x, w, g = draw(T, 1, K, seed=0).requires_grad_(), draw(N, K, seed=1).requires_grad_(), draw(T, 1, N, seed=2)
+    x, w, g = (
+        draw(T, 1, K, seed=0).requires_grad_(),
+        draw(N, K, seed=1).requires_grad_(),
+        draw(T, 1, N, seed=2),
+    )
     out = QuantizedProduct.apply(x, w, Quantizer(Fp8Config(recipe=recipe, format=format)), True)
     out.backward(g)
     x_TK, w_NK, g_TN = x.detach()[:, 0], w.detach(), g[:, 0]
@@ -179,7 +160,11 @@ def test_a_product_and_its_gradients_equal_explicit_quantisation(recipe, format)
         operand(g_TN, recipe, "grad", 1, back) @ operand(w_NK, recipe, "weight", 0, E4M3),
         operand(g_TN, recipe, "grad", 0, back).T @ operand(x_TK, recipe, "input", 0, E4M3),
     )
-    sizes = (x_TK.abs() @ w_NK.abs().T, g_TN.abs() @ w_NK.abs(), g_TN.abs().T @ x_TK.abs())  # what each sum is made of
+    sizes = (
+        x_TK.abs() @ w_NK.abs().T,
+        g_TN.abs() @ w_NK.abs(),
+        g_TN.abs().T @ x_TK.abs(),
+    )  # what each sum is made of
     for found, wanted, size in zip((out.detach()[:, 0], x.grad[:, 0], w.grad), expected, sizes, strict=True):
         assert float(((found - wanted).abs() / size).max()) < 1e-5
 
@@ -225,52 +210,24 @@ def test_delayed_scales_survive_zeros_and_infinities():
         assert quantizer.scale["input"] == 1.0 and quantizer.amax["input"] == 0.0
 
 
-# --- whole policies -----------------------------------------------------------------------------------------------------------
+# --- whole policies ---------------------------------------------------------------------
 
 # Heads of 128, so that fused query, key and value have the blocks they have apart
 SIZES = dict(layers=4, heads=2, kv_heads=2, hidden=256, ffn=256)
 MIDDLE = ["policy.fp8.recipe=mxfp8", "policy.fp8.first_last_bf16=true"]
-RUNS: list[tuple[str, str, list[str]]] = [
-    *(
-        (f"{layout} {recipe}", layout, [f"policy.fp8.recipe={recipe}"])
-        for layout in ("tp1", "tp2", "tp2_sp")
-        for recipe in RECIPES
-    ),
-    ("tp1 off", "tp1", []),
-    ("tp1 middle", "tp1", MIDDLE),
-    ("pp2 middle", "pp2", MIDDLE),
-    ("dp2 delayed", "dp2", ["policy.fp8.recipe=delayed"]),
-    ("tp1 hybrid", "tp1", ["policy.fp8.recipe=tensorwise", "policy.fp8.format=hybrid"]),
-    ("tp1 bf16", "tp1", ["model.dtype=bf16"]),
-    ("tp1 bf16 blockwise", "tp1", ["model.dtype=bf16", "policy.fp8.recipe=blockwise"]),
-]
-
-
-def measure(model: str, folder: str, runs: list[tuple[str, str, list[str]]]) -> dict[str, Any]:
-    """Log-probabilities before and after an update, its report, and the tokens of the micro-batches, of every run."""
-    found = {}
-    for number, (name, layout, overrides) in enumerate(runs):
-        with open_policy(layout, model, f"{folder}/{number}.store", overrides) as policy:
-            if policy is None:
-                continue
-            batch = plan(make_samples(), policy.place.layout, num_updates=1, budget="half")
-            before = policy.logprobs(batch).tolist()
-            result = policy.update(batch, 0)
-            linear = named(policy)["linear_fc2"]
-            found[name] = {
-                "before": before,
-                "after": policy.logprobs(batch).tolist(),
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
-                "tokens": [micro.tokens_1T.numel() for micro in policy._micro_batches(batch, 0)],
-                "scale": linear.quantizer.scale if "delayed" in name else None,
-            }
-    return found
-
-
-def named(policy: Any) -> dict[str, Any]:
-    """The linear layers of this rank's first transformer layer."""
-    return {name.split(".")[-1]: m for name, m in policy.chunks[0].module.named_modules() if ".layers.0." in name}
+RUNS = {
+    f"{layout} {recipe}": (layout, [f"policy.fp8.recipe={recipe}"])
+    for layout in ("tp1", "tp2", "tp2_sp")
+    for recipe in RECIPES
+} | {
+    "tp1 off": ("tp1", []),
+    "tp1 middle": ("tp1", MIDDLE),
+    "pp2 middle": ("pp2", MIDDLE),
+    "dp2 delayed": ("dp2", ["policy.fp8.recipe=delayed"]),
+    "tp1 hybrid": ("tp1", ["policy.fp8.recipe=tensorwise", "policy.fp8.format=hybrid"]),
+    "tp1 bf16": ("tp1", ["model.dtype=bf16"]),
+    "tp1 bf16 blockwise": ("tp1", ["model.dtype=bf16", "policy.fp8.recipe=blockwise"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -280,38 +237,59 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(model, tmp_path_factory):
-    return run_ranks("policy.test_fp8:measure", 2, model=str(model), folder=str(tmp_path_factory.mktemp("stores")), runs=RUNS)
+    return run_ranks(
+        "support.jobs_fp8:measure",
+        2,
+        runs=[
+            PolicyRun(name=name, model=str(model), layout=layout, overrides=overrides)
+            for name, (layout, overrides) in RUNS.items()
+        ],
+        folder=str(tmp_path_factory.mktemp("stores")),
+    )
 
 
 def of_transformers(folder: Any, recipe: str, layers: range) -> torch.Tensor:
-    """Log-probabilities [T] of the samples where the linear layers of `layers` quantise their operands by the reference."""
+    """Log-probabilities [T] of the samples where the linear layers of `layers` quantise their operands by the
+    reference.
+    """
     model = reference.load(folder, torch.float32)
     for number in layers:
         for _, linear in model.model.layers[number].named_modules():
             if isinstance(linear, torch.nn.Linear):
                 linear.weight.data = operand(linear.weight.data, recipe, "weight", 1, E4M3).float()
-                linear.register_forward_pre_hook(lambda _, args: operand(args[0][0], recipe, "input", 1, E4M3).float()[None])
+                linear.register_forward_pre_hook(
+                    lambda _, args: operand(args[0][0], recipe, "input", 1, E4M3).float()[None]
+                )
     parts = []
     for sample in make_samples():
         with torch.no_grad():
-            parts.append(torch.cat([torch.zeros(1), reference.logprobs(model, sample)]) * torch.tensor(sample.response_mask))
+            parts.append(
+                torch.cat([torch.zeros(1), reference.logprobs(model, sample)]) * sample.response_mask
+            )
     return torch.cat(parts)
 
 
 @pytest.mark.parametrize(
     ("name", "recipe", "layers"),
     [
-        *((f"{layout} {recipe}", recipe, range(4)) for layout in ("tp1", "tp2", "tp2_sp") for recipe in ("blockwise", "mxfp8")),
+        *(
+            (f"{layout} {recipe}", recipe, range(4))
+            for layout in ("tp1", "tp2", "tp2_sp")
+            for recipe in ("blockwise", "mxfp8")
+        ),
         ("tp1 middle", "mxfp8", range(1, 3)),
         ("pp2 middle", "mxfp8", range(1, 3)),
     ],
 )
 def test_logprobs_equal_transformers_with_quantised_operands(measured, model, name, recipe, layers):
-    """Recipes that scale token by token give a sample the same log-probabilities however it is packed and sharded."""
+    """Recipes that scale token by token give a sample the same log-probabilities however it is packed and
+    sharded.
+    """
     expected = of_transformers(model, recipe, layers)
     found, plain = (torch.tensor(measured[0][key]["before"]) for key in (name, "tp1 off"))
     error, gap = ((found - other)[found != 0].abs().median() for other in (expected, plain))
-    # The median, because fp32 sums in another order now and then round one value to its other neighbour, for the rest of a sample
+    # The median, because fp32 sums in another order now and then round one value to its other neighbour, for
+    # the rest of a sample
     assert float(error) < 1e-4 and float(gap) > 0.05
 
 
@@ -324,8 +302,13 @@ def gap(measured: Any, name: str, other: str = "tp1 off", when: str = "before") 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp"])
 def test_recipes_differ_from_fp32_a_little_and_from_each_other(measured, layout):
     gaps = [gap(measured, f"{layout} {recipe}") for recipe in RECIPES]
-    assert all(0.01 < g < 1.0 for g in gaps), gaps  # these random weights are wide; another seed's model is 2 nats away
-    assert min(gap(measured, f"{layout} {a}", f"{layout} {b}") for a, b in itertools.combinations(RECIPES, 2)) > 2e-3
+    assert all(0.01 < g < 1.0 for g in gaps), (
+        gaps
+    )  # these random weights are wide; another seed's model is 2 nats away
+    assert (
+        min(gap(measured, f"{layout} {a}", f"{layout} {b}") for a, b in itertools.combinations(RECIPES, 2))
+        > 2e-3
+    )
 
 
 def test_bf16_is_quantised_too(measured):
@@ -334,7 +317,9 @@ def test_bf16_is_quantised_too(measured):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_agree_between_layouts(measured, recipe):
-    """Shards have scales of their own, so only nearly; the ratio is 1 in a first update, so the loss is the same everywhere."""
+    """Shards have scales of their own, so only nearly; the ratio is 1 in a first update, so the loss is the
+    same everywhere.
+    """
     runs = [measured[0][f"{layout} {recipe}"] for layout in ("tp1", "tp2", "tp2_sp")]
     assert [run["loss"] for run in runs] == pytest.approx([measured[0]["tp1 off"]["loss"]] * 3, rel=1e-5)
     assert [run["grad_norm"] for run in runs[1:]] == pytest.approx([runs[0]["grad_norm"]] * 2, rel=0.05)
@@ -343,7 +328,9 @@ def test_gradients_agree_between_layouts(measured, recipe):
 
 def test_the_format_changes_gradients_alone(measured):
     ours, hybrid = measured[0]["tp1 tensorwise"], measured[0]["tp1 hybrid"]
-    assert ours["before"] == hybrid["before"] and ours["grad_norm"] != pytest.approx(hybrid["grad_norm"], rel=1e-4)
+    assert ours["before"] == hybrid["before"] and ours["grad_norm"] != pytest.approx(
+        hybrid["grad_norm"], rel=1e-4
+    )
 
 
 def test_delayed_scales_are_the_same_on_all_ranks_and_change_the_next_pass(measured):
@@ -353,7 +340,9 @@ def test_delayed_scales_are_the_same_on_all_ranks_and_change_the_next_pass(measu
     assert gap(measured, "tp1 delayed", when="after") > 0
 
 
-@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 16), ("delayed", 16), ("blockwise", 128), ("mxfp8", 32)])
+@pytest.mark.parametrize(
+    ("recipe", "multiple"), [("tensorwise", 16), ("delayed", 16), ("blockwise", 128), ("mxfp8", 32)]
+)
 def test_micro_batches_are_padded(measured, recipe, multiple):
     assert all(tokens % multiple == 0 for tokens in measured[0][f"tp1 {recipe}"]["tokens"])
     assert all(tokens % (2 * multiple) == 0 for tokens in measured[0][f"tp2_sp {recipe}"]["tokens"])
@@ -362,30 +351,8 @@ def test_micro_batches_are_padded(measured, recipe, multiple):
     assert [-(-tokens // multiple) * multiple for tokens in plain] == measured[0][f"tp1 {recipe}"]["tokens"]
 
 
-def save_and_resume(model: str, folder: str, layout: str) -> list[list[float]]:
-    """Loss-bearing figures of two updates, the second one made by the same policy and by one that resumed after the first."""
-    from pathlib import Path
-
-    from megatron_dapo import checkpoint
-
-    found = []
-    for resumed in (False, True):
-        with open_policy(
-            layout, model, f"{folder}/{resumed}.store", ["policy.fp8.recipe=delayed", "optimizer.lr=1e-3"]
-        ) as policy:
-            batch = plan(make_samples(), policy.place.layout, num_updates=2, budget="half")
-            if resumed:
-                checkpoint.load(checkpoint.find(Path(folder), "auto"), policy)
-            else:
-                policy.update(batch, 0)
-                state = checkpoint.RunState(step=1, prompts={}, collector={}) if policy.place.rank == 0 else None
-                checkpoint.save(Path(folder), policy, state, keep=1)
-            scale = dict(named(policy)["linear_fc2"].quantizer.scale)
-            result = policy.update(batch, 1)
-            found.append([result.loss, result.grad_norm, *scale.values()])
-    return found
-
-
 def test_delayed_scales_are_in_the_checkpoint(model, tmp_path):
-    for through, resumed in run_ranks("policy.test_fp8:save_and_resume", 2, model=str(model), folder=str(tmp_path), layout="tp2"):
+    for through, resumed in run_ranks(
+        "support.jobs_fp8:save_and_resume", 2, model=str(model), folder=str(tmp_path), layout="tp2"
+    ):
         assert resumed == through and 1.0 not in through[2:]

@@ -9,22 +9,32 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_tiny_model
+from support.models import make_tiny_model
 
-from megatron_dapo.bridge.hf import HFModel, read_model
 from megatron_dapo.config import Fp8Config, PolicyConfig, RunConfig
 from megatron_dapo.layout import Layout
-from megatron_dapo.policy import fp8_rules
+from megatron_dapo.model_spec import ModelSpec, read_model
+from megatron_dapo.policy import fp8_rules, rules
+from megatron_dapo.policy.backend import CPU, GPU
 
 RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("fp8") / "model", layers=4, heads=2, kv_heads=2, hidden=256, ffn=256)
+    return make_tiny_model(
+        tmp_path_factory.mktemp("fp8") / "model", layers=4, heads=2, kv_heads=2, hidden=256, ffn=256
+    )
 
 
-# --- what Megatron is told ----------------------------------------------------------------------------------------------------
+def checked(overrides: list[str]) -> RunConfig:
+    """The configuration, refused as a Policy refuses it."""
+    config = RunConfig.load(None, overrides)
+    rules.check_settings(config)
+    return config
+
+
+# --- what Megatron is told --------------------------------------------------------------
 
 
 def fp8_of(*overrides: str) -> Fp8Config:
@@ -44,10 +54,21 @@ def test_keys_and_megatrons_fields():
         "num_layers_at_end_in_bf16": 1,
     }
     assert fp8_rules.ddp_fields(fp8) == {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": True}
-    assert fp8_rules.optimizer_fields(fp8) == {"fp8_recipe": "mxfp8", "reuse_grad_buf_for_mxfp8_param_ag": True}
+    assert fp8_rules.optimizer_fields(fp8) == {
+        "fp8_recipe": "mxfp8",
+        "reuse_grad_buf_for_mxfp8_param_ag": True,
+    }
     other = fp8_of("recipe=blockwise", "param_gather=true")
-    assert fp8_rules.ddp_fields(other) == {"fp8_param_gather": True, "reuse_grad_buf_for_mxfp8_param_ag": False}
-    assert fp8_rules.transformer_fields(None) == fp8_rules.ddp_fields(None) == fp8_rules.optimizer_fields(None) == {}
+    assert fp8_rules.ddp_fields(other) == {
+        "fp8_param_gather": True,
+        "reuse_grad_buf_for_mxfp8_param_ag": False,
+    }
+    assert (
+        fp8_rules.transformer_fields(None)
+        == fp8_rules.ddp_fields(None)
+        == fp8_rules.optimizer_fields(None)
+        == {}
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -60,24 +81,36 @@ def test_megatron_takes_the_fields(model, recipe, param_gather, monkeypatch):
 
     from megatron_dapo.policy import model as model_file
 
-    real = model_file.TransformerConfig  # which refuses this one option where TransformerEngine is not installed
-    monkeypatch.setattr(model_file, "TransformerConfig", lambda **given: real(**{**given, "apply_rope_fusion": False}))
+    real = (
+        model_file.TransformerConfig
+    )  # which refuses this one option where TransformerEngine is not installed
+    monkeypatch.setattr(
+        model_file, "TransformerConfig", lambda **given: real(**{**given, "apply_rope_fusion": False})
+    )
     fp8 = Fp8Config(recipe=recipe, param_gather=param_gather, first_last_bf16=recipe != "delayed")
-    config = model_file.transformer_config(read_model(model), Layout(), PolicyConfig(fp8=fp8), "bf16", False)
+    config = model_file.transformer_config(read_model(model), Layout(), PolicyConfig(fp8=fp8), "bf16", GPU)
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("e4m3", recipe, param_gather)
     assert DistributedDataParallelConfig(**fp8_rules.ddp_fields(fp8)).fp8_param_gather == param_gather
     assert OptimizerConfig(**fp8_rules.optimizer_fields(fp8)).fp8_recipe == recipe
     for number in range(4):
         assert fp8_rules.is_quantized(fp8, number, 4) != is_first_last_bf16_layer(config, number)
     assert fp8_rules.token_multiple(fp8, Layout()) % get_fp8_align_size(recipe) == 0
-    emulated = model_file.transformer_config(read_model(model), Layout(), PolicyConfig(fp8=fp8), "fp32", True)
+    emulated = model_file.transformer_config(read_model(model), Layout(), PolicyConfig(fp8=fp8), "fp32", CPU)
     assert emulated.fp8 is None  # not TransformerEngine's
 
 
 def test_tokens_are_padded_on_every_sequence_parallel_rank():
     assert [fp8_rules.token_multiple(Fp8Config(recipe=r), Layout(tp=4)) for r in RECIPES] == [16, 16, 128, 32]
-    assert [fp8_rules.token_multiple(Fp8Config(recipe=r), Layout(tp=4, sp=True)) for r in RECIPES] == [64, 64, 512, 128]
-    assert fp8_rules.token_multiple(None, Layout(tp=4, sp=True)) == 4 and fp8_rules.token_multiple(None, Layout(tp=4)) == 1
+    assert [fp8_rules.token_multiple(Fp8Config(recipe=r), Layout(tp=4, sp=True)) for r in RECIPES] == [
+        64,
+        64,
+        512,
+        128,
+    ]
+    assert (
+        fp8_rules.token_multiple(None, Layout(tp=4, sp=True)) == 4
+        and fp8_rules.token_multiple(None, Layout(tp=4)) == 1
+    )
 
 
 class KeptInFp8(torch.nn.Parameter):
@@ -101,16 +134,20 @@ def test_parameters_kept_in_fp8_get_the_checkpoints_weights(model, monkeypatch):
     from megatron_dapo.policy import model as model_file
 
     parameter = KeptInFp8((256, 256))  # gate and up of rank 1 of 2, end to end
-    monkeypatch.setattr(model_file, "named_shards", lambda chunks: [("decoder.layers.2.mlp.linear_fc1.weight", parameter)])
-    place: Any = SimpleNamespace(shards=lambda expert: SimpleNamespace(size=2, rank=1))
-    model_file.load_weights([], model, read_model(model), place)
+    monkeypatch.setattr(
+        model_file, "named_shards", lambda chunks: [("decoder.layers.2.mlp.linear_fc1.weight", parameter)]
+    )
+    session: Any = SimpleNamespace(shards=lambda expert: SimpleNamespace(size=2, rank=1))
+    model_file.load_weights([], model, read_model(model), session)
     source = load_file(model / "model.safetensors")
     expected = torch.cat([source[f"model.layers.2.mlp.{name}_proj.weight"][128:] for name in ("gate", "up")])
     assert torch.equal(parameter.data, expected)
-    assert torch.equal(parameter.get_high_precision_init_val(), expected)  # the master weights of the optimizer
+    assert torch.equal(
+        parameter.get_high_precision_init_val(), expected
+    )  # the master weights of the optimizer
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,15 +168,15 @@ def test_parameters_kept_in_fp8_get_the_checkpoints_weights(model, monkeypatch):
 )
 def test_configurations_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        RunConfig.load(None, ["model.path=tiny", "model.dtype=fp32", *(f"policy.fp8.{o}" for o in overrides)])
+        checked(["model.path=tiny", "model.dtype=fp32", *(f"policy.fp8.{o}" for o in overrides)])
 
 
 def test_a_gather_needs_the_distributed_optimizer():
     with pytest.raises(ValueError, match=r"policy\.fp8\.param_gather=true needs optimizer\.distributed=true"):
-        RunConfig.load(None, ["model.path=tiny", "policy.fp8.param_gather=true", "optimizer.distributed=false"])
+        checked(["model.path=tiny", "policy.fp8.param_gather=true", "optimizer.distributed=false"])
 
 
-QWEN = HFModel(  # Qwen2.5-0.5B
+QWEN = ModelSpec(  # Qwen2.5-0.5B
     architecture="Qwen2ForCausalLM",
     num_layers=24,
     hidden_size=896,
@@ -167,13 +204,30 @@ QWEN = HFModel(  # Qwen2.5-0.5B
             "blockwise",
             QWEN,
             2,
-            "policy.fp8.recipe=blockwise needs multiples of 128, but the model's query, key and value size 1152 over "
-            "layout.tensor_parallel=2 is 576 on each rank; lower layout.tensor_parallel or use recipe tensorwise or delayed or mxfp8",
+            "policy.fp8.recipe=blockwise needs multiples of 128, but the model's query, key and value size "
+            "1152 over "
+            "layout.tensor_parallel=2 is 576 on each rank; lower layout.tensor_parallel or use recipe "
+            "tensorwise or delayed or mxfp8",
         ),
-        ("mxfp8", replace(QWEN, hidden_size=912), 1, "mxfp8 needs multiples of 32, but the model's hidden size 912"),
-        ("blockwise", replace(QWEN, num_heads=10, num_kv_heads=1, head_dim=32), 1, "the model's size of all heads 320"),
+        (
+            "mxfp8",
+            replace(QWEN, hidden_size=912),
+            1,
+            "mxfp8 needs multiples of 32, but the model's hidden size 912",
+        ),
+        (
+            "blockwise",
+            replace(QWEN, num_heads=10, num_kv_heads=1, head_dim=32),
+            1,
+            "the model's size of all heads 320",
+        ),
         ("blockwise", replace(QWEN, num_heads=13, head_dim=128), 1, None),
-        ("tensorwise", replace(QWEN, ffn_size=4872), 1, "tensorwise needs multiples of 16, but the model's MLP size 4872"),
+        (
+            "tensorwise",
+            replace(QWEN, ffn_size=4872),
+            1,
+            "tensorwise needs multiples of 16, but the model's MLP size 4872",
+        ),
     ],
 )
 def test_sizes_refused(recipe, model, tp, message):
@@ -185,12 +239,16 @@ def test_sizes_refused(recipe, model, tp, message):
 
 
 def test_the_only_remedy_left_is_to_switch_it_off():
-    with pytest.raises(ValueError, match=r"hidden size 900 over .* is 900 on each rank; .* or set policy\.fp8=null$"):
+    with pytest.raises(
+        ValueError, match=r"hidden size 900 over .* is 900 on each rank; .* or set policy\.fp8=null$"
+    ):
         fp8_rules.check_model(Fp8Config(), replace(QWEN, hidden_size=900), Layout())
 
 
 def test_no_layer_would_be_left():
-    with pytest.raises(ValueError, match=r"first_last_bf16=true leaves none of the model's 2 layers in FP8; set it to false"):
+    with pytest.raises(
+        ValueError, match=r"first_last_bf16=true leaves none of the model's 2 layers in FP8; set it to false"
+    ):
         fp8_rules.check_model(Fp8Config(first_last_bf16=True), replace(QWEN, num_layers=2), Layout())
     fp8_rules.check_model(Fp8Config(first_last_bf16=True), replace(QWEN, num_layers=3), Layout())
 
@@ -200,13 +258,16 @@ def test_an_experts_size_is_split_by_expert_tensor_parallel():
     for layout in (Layout(dp=2, ep=2), Layout(tp=8, sp=True), Layout(tp=8, sp=True, etp=2)):
         fp8_rules.check_model(Fp8Config(recipe="blockwise"), model, layout)
     with pytest.raises(
-        ValueError, match=r"MLP size 768 over layout\.expert_tensor_parallel=4 is 192 on each rank; lower layout\.expert"
+        ValueError,
+        match=r"MLP size 768 over layout\.expert_tensor_parallel=4 is 192 on each rank; lower layout\.expert",
     ):
         fp8_rules.check_model(Fp8Config(recipe="blockwise"), model, Layout(tp=4, sp=True, etp=4))
 
 
 def test_the_emulation_stores_no_parameters_in_fp8():
-    with pytest.raises(ValueError, match=r"param_gather=true changes how a GPU stores parameters, which the CPU's emulation"):
+    with pytest.raises(
+        ValueError, match=r"param_gather=true changes how a GPU stores parameters, which the CPU's emulation"
+    ):
         fp8_rules.check(Fp8Config(param_gather=True), QWEN, Layout(), "bf16", on_cpu=True)
     fp8_rules.check(Fp8Config(), QWEN, Layout(), "fp32", on_cpu=True)
 
@@ -230,13 +291,19 @@ HOPPER = dict(dtype="bf16", capability=(9, 0), cuda="12.9", transformer_engine=(
         (
             "tensorwise",
             {"transformer_engine": None},
-            'needs TransformerEngine 2.3 or later, but it is not installed; pip install "transformer-engine[pytorch]>=2.9"',
+            "needs TransformerEngine 2.3 or later, but it is not installed; pip install "
+            "'transformer-engine[pytorch]>=2.9'",
         ),
-        ("tensorwise", {"transformer_engine": (2, 2)}, "needs TransformerEngine 2.3 or later, but 2.2 is; pip install"),
+        (
+            "tensorwise",
+            {"transformer_engine": (2, 2)},
+            "needs TransformerEngine 2.3 or later, but 2.2 is; pip install",
+        ),
         (
             "tensorwise",
             {"capability": (8, 0)},
-            "policy.fp8.recipe=tensorwise needs compute capability 8.9 or later, but this GPU has 8.0; set policy.fp8=null",
+            "policy.fp8.recipe=tensorwise needs compute capability 8.9 or later, but this GPU has 8.0; set "
+            "policy.fp8=null",
         ),
         (
             "delayed",
@@ -248,15 +315,24 @@ HOPPER = dict(dtype="bf16", capability=(9, 0), cuda="12.9", transformer_engine=(
             {"capability": (8, 9)},
             "needs compute capability 9.0 or later, but this GPU has 8.9; use recipe tensorwise or delayed",
         ),
-        ("blockwise", {"cuda": "12.8"}, "policy.fp8.recipe=blockwise needs CUDA 12.9 or later, but torch is built for 12.8"),
+        (
+            "blockwise",
+            {"cuda": "12.8"},
+            "policy.fp8.recipe=blockwise needs CUDA 12.9 or later, but torch is built for 12.8",
+        ),
         ("blockwise", {"cuda": None}, "needs CUDA 12.9 or later, but torch is built for None"),
         (
             "mxfp8",
             {},
-            "policy.fp8.recipe=mxfp8 needs compute capability 10.0 or later and below 12.0, but this GPU has 9.0; "
+            "policy.fp8.recipe=mxfp8 needs compute capability 10.0 or later and below 12.0, but this GPU has "
+            "9.0; "
             "use recipe tensorwise or delayed or blockwise",
         ),
-        ("mxfp8", {"capability": (12, 0)}, "needs compute capability 10.0 or later and below 12.0, but this GPU has 12.0"),
+        (
+            "mxfp8",
+            {"capability": (12, 0)},
+            "needs compute capability 10.0 or later and below 12.0, but this GPU has 12.0",
+        ),
     ],
 )
 def test_devices_refused(recipe, device, message):
@@ -278,6 +354,8 @@ def test_the_version_that_is_installed(monkeypatch):
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "mxfp8"])
 def test_fp8_weights_are_not_offloaded(recipe):
     options = ["model.path=m", "policy.fp8.param_gather=true", "optimizer.cpu_offload=1.0"]
-    with pytest.raises(ValueError, match=rf"policy\.fp8\.recipe={recipe} does not work with optimizer\.cpu_offload=1"):
-        RunConfig.load(None, [*options, f"policy.fp8.recipe={recipe}"])
-    RunConfig.load(None, [*options, "policy.fp8.recipe=delayed"])
+    with pytest.raises(
+        ValueError, match=rf"policy\.fp8\.recipe={recipe} does not work with optimizer\.cpu_offload=1"
+    ):
+        checked([*options, f"policy.fp8.recipe={recipe}"])
+    checked([*options, "policy.fp8.recipe=delayed"])

@@ -37,9 +37,13 @@ def test_warm_up_is_linear_and_reaches_the_rate_at_its_last_update():
 
 def test_cosine_falls_to_the_least_rate_and_stays():
     expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)]
-    assert rates(6, lr=1.0, min_lr=0.1, decay="cosine", decay_updates=4) == pytest.approx([*expected, 0.1, 0.1])
+    assert rates(6, lr=1.0, min_lr=0.1, decay="cosine", decay_updates=4) == pytest.approx(
+        [*expected, 0.1, 0.1]
+    )
 
 
 def test_cosine_after_a_warm_up():
     expected = [0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3, 4)), 0.0]
-    assert rates(7, lr=1.0, warmup_updates=2, decay="cosine", decay_updates=6) == pytest.approx(expected, abs=1e-12)
+    assert rates(7, lr=1.0, warmup_updates=2, decay="cosine", decay_updates=6) == pytest.approx(
+        expected, abs=1e-12
+    )

@@ -8,28 +8,36 @@ import struct
 
 import pytest
 import zstandard
+from support.samples import make_completion
 
 from megatron_dapo.report.rollouts import load_groups, rollout_path, save_groups
-from megatron_dapo.types import Completion, Group, Prompt
+from megatron_dapo.types import Group, Prompt
 
-# a value that needs 17 digits, a denormal, a negative zero, an ordinary one
-LOGPROBS = (-0.1 - 0.2, -5e-324, -0.0, -1.5)
+# a value that needs 9 digits, a denormal, a negative zero, an ordinary one
+LOGPROBS = (-0.1 - 0.2, -1e-45, -0.0, -1.5)
 
 
 def make_group(position: int, num_samples: int = 2) -> Group:
     prompt = Prompt(position=position, row=3, text='What is "½"?\n\ud800', answer="1", tokens=(1, 2, 3))
     completions = tuple(
-        Completion(
-            tokens=(4, 5, 6, 7 + i),
+        make_completion(
+            (4, 5, 6, 7 + i),
             logprobs=LOGPROBS,
             finish_reason="length" if i else "stop",
-            weight_version=7 + position + i,
+            versions=((7 + position + i, 3), (9 + position + i, 1)),
+            trained=[True, i == 0, True, True],
+            number=i,
             seed=i or None,
         )
         for i in range(num_samples)
     )
     rewards = tuple(1.0 - i * 0.1 for i in range(num_samples))
-    return Group(prompt=prompt, completions=completions, correct=tuple(i == 0 for i in range(num_samples)), rewards=rewards)
+    return Group(
+        prompt=prompt,
+        completions=completions,
+        correct=tuple(i == 0 for i in range(num_samples)),
+        rewards=rewards,
+    )
 
 
 def save(path, count: int = 3) -> list[Group]:
@@ -44,10 +52,12 @@ def test_the_round_trip_is_exact(tmp_path):
     groups = save(path)
     loaded, header = load_groups(path)
     assert loaded == groups
-    bits = [struct.pack("<4d", *g.completions[0].logprobs) for g in loaded]  # == does not tell -0.0 from 0.0
-    assert bits == [struct.pack("<4d", *LOGPROBS)] * 3
+    # == of numbers does not tell -0.0 from 0.0
+    assert [g.completions[0].logprobs.tobytes() for g in loaded] == [struct.pack("<4f", *LOGPROBS)] * 3
+    assert [g.completions[1].trained.tolist() for g in loaded] == [[True, False, True, True]] * 3
+    assert loaded[0].completions[0].versions == ((7, 3), (9, 1))
     assert header == {
-        "format": 1,
+        "format": 2,
         "step": 3,
         "weight_version": 7,
         "num_groups": 3,
@@ -131,12 +141,14 @@ def test_a_damaged_file_is_named(tmp_path):
         "a group is missing": compressed(*lines[:-2], b""),
         "half a group": compressed(*lines[:-2], lines[-2][:50]),
         "no header": compressed(*lines[1:]),
-        "later format": compressed(lines[0].replace(b'"format":1', b'"format":2'), *lines[1:]),
+        "later format": compressed(lines[0].replace(b'"format":2', b'"format":3'), *lines[1:]),
         "unknown field": compressed(lines[0], lines[1].replace(b'"row"', b'"line"'), *lines[2:]),
     }
     for name, content in damaged.items():
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"rollout file .*a\.zst is cut short, corrupt or of another version"):
+        with pytest.raises(
+            ValueError, match=r"rollout file .*a\.zst is cut short, corrupt or of another version"
+        ):
             load_groups(path)
             pytest.fail(f"{name}: accepted")
     with pytest.raises(ValueError, match="no rollout file at .*other.zst"):

@@ -34,7 +34,7 @@ def record(run_dir, first: int, last: int, resume_step: int | None) -> None:
     reporter.close()
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+# --- metrics.jsonl ----------------------------------------------------------------------
 
 
 def test_every_step_is_on_disk_at_once_and_exact(tmp_path):
@@ -94,7 +94,7 @@ def test_a_step_is_recorded_once_and_in_order(tmp_path):
     assert steps(tmp_path) == [3]
 
 
-# --- console ---------------------------------------------------------------------------------------------------------
+# --- console ----------------------------------------------------------------------------
 
 METRICS = {
     "policy/loss": -0.00123456,
@@ -111,7 +111,10 @@ def test_the_line_of_a_step():
     assert sinks.step_line(3, METRICS) == (
         "step 3 | accuracy 0.500 | reward -0.250 | loss -0.001235 | grad norm 1.5 | length 245.2 | 12.3 s"
     )
-    assert sinks.step_line(4, {"eval/accuracy": 0.25, "policy/loss": math.nan}) == "step 4 | eval 0.250 | loss +nan"
+    assert (
+        sinks.step_line(4, {"eval/accuracy": 0.25, "policy/loss": math.nan})
+        == "step 4 | eval 0.250 | loss +nan"
+    )
 
 
 def test_plain_lines_are_rare_and_hold_no_control_codes(tmp_path, monkeypatch):
@@ -159,7 +162,7 @@ def test_the_terminal_shows_the_stage_and_keeps_the_lines(tmp_path, monkeypatch)
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
 
 
-# --- optional sinks --------------------------------------------------------------------------------------------------
+# --- optional sinks ---------------------------------------------------------------------
 
 
 def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
@@ -172,7 +175,14 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
         reporter.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert [(e.step, e.value) for e in events.Scalars("policy/loss")] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+    ]
 
 
 class FakeWandb(types.ModuleType):
@@ -209,11 +219,17 @@ def test_wandb_is_offline_without_a_key_and_resumes_its_run(tmp_path, monkeypatc
     assert first["mode"] == mode and first["project"] == "mine" and first["name"] == "run"
     assert first["config"]["model"]["path"] == "tiny"
     assert resumed["id"] == first["id"] != fresh["id"]
-    assert wandb.logged == [{"step": 0, "policy/loss": 0.5}, {"step": 1, "policy/loss": 0.5}, {"step": 0, "policy/loss": 0.5}]
+    assert wandb.logged == [
+        {"step": 0, "policy/loss": 0.5},
+        {"step": 1, "policy/loss": 0.5},
+        {"step": 0, "policy/loss": 0.5},
+    ]
     assert wandb.finished == 3
 
 
-@pytest.mark.parametrize(("option", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+@pytest.mark.parametrize(
+    ("option", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")]
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, option, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=f"report.{option}=true needs `pip install {option}`"):

@@ -33,7 +33,11 @@ def test_summary(tmp_path):
 def test_agreement_with_labels_in_all_and_by_source(tmp_path):
     result = grade(tmp_path, ROWS, "--label-key", "label", "--by", "source", "--disagreements", "5")
     summary = json.loads(result.stdout)
-    assert (summary["agreement"], summary["source"]["a"]["agreement"], summary["source"]["b"]["agreement"]) == (0.75, 1.0, 0.5)
+    assert (
+        summary["agreement"],
+        summary["source"]["a"]["agreement"],
+        summary["source"]["b"]["agreement"],
+    ) == (0.75, 1.0, 0.5)
     assert "line 3: graded False, label True" in result.stderr
 
 

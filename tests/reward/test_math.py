@@ -98,7 +98,9 @@ def test_math_verify_accepts_equal_values(response, answer):
     assert math_verify_correct(response, answer) is True
 
 
-@pytest.mark.parametrize(("response", "answer"), [("Answer: 0.51", "\\frac{1}{2}"), ("", "7"), ("no number", "7")])
+@pytest.mark.parametrize(
+    ("response", "answer"), [("Answer: 0.51", "\\frac{1}{2}"), ("", "7"), ("no number", "7")]
+)
 def test_math_verify_rejects(response, answer):
     assert math_verify_correct(response, answer) is False
 

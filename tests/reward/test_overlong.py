@@ -26,4 +26,11 @@ def test_no_cache_is_no_penalty(num_tokens):
 
 
 def test_cache_of_the_whole_length_starts_at_the_first_token():
-    assert [overlong_penalty(n, max_tokens=4, cache=4) for n in range(6)] == [0.0, -0.25, -0.5, -0.75, -1.0, -1.0]
+    assert [overlong_penalty(n, max_tokens=4, cache=4) for n in range(6)] == [
+        0.0,
+        -0.25,
+        -0.5,
+        -0.75,
+        -1.0,
+        -1.0,
+    ]

@@ -21,7 +21,7 @@ CHECK = "pool_verifiers:check"
 
 @pytest.fixture(autouse=True)
 def verifiers_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "support")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def pool():
 
 def processes(match: Callable[[str, int], bool]) -> list[int]:
     """Living processes by (command line, parent pid)."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -40,8 +40,8 @@ def processes(match: Callable[[str, int], bool]) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         if state not in "ZX" and match(command, int(parent)):
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def workers_of(parent: int) -> list[int]:
@@ -73,7 +73,9 @@ async def test_many_groups_at_once_keep_to_themselves():
         start = time.perf_counter()
         grades = await asyncio.gather(*(pool.grade(group, str(i % 3)) for i, group in enumerate(groups)))
         seconds = time.perf_counter() - start
-    assert [[g.correct for g in group] for group in grades] == [[n % 3 == i % 3 for n in range(8)] for i in range(32)]
+    assert [[g.correct for g in group] for group in grades] == [
+        [n % 3 == i % 3 for n in range(8)] for i in range(32)
+    ]
     assert pool.counts["graded"] == 256
     assert seconds < 1.0  # 0.01 s on two idle cores; a process or thread per response would take seconds
 
@@ -110,7 +112,9 @@ async def test_event_loop_keeps_running_while_a_grade_hangs(pool):
 
 
 async def test_time_out_is_per_response_not_per_group(tmp_path, monkeypatch):
-    (tmp_path / "slow_verifier.py").write_text("import time\ndef check(r, a): return time.sleep(0.15) or r == a")
+    (tmp_path / "slow_verifier.py").write_text(
+        "import time\ndef check(r, a): return time.sleep(0.15) or r == a"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     with GradingPool("slow_verifier:check", workers=1, timeout_s=0.6) as pool:
         assert await pool.grade(["7"] * 8, "7") == [RIGHT] * 8
@@ -183,7 +187,8 @@ def test_broken_spec_fails_at_construction(spec):
 
 
 @pytest.mark.parametrize(
-    ("workers", "timeout_s", "field"), [(0, 1.0, "workers"), (1, 0.0, "timeout_s"), (1, float("nan"), "timeout_s")]
+    ("workers", "timeout_s", "field"),
+    [(0, 1.0, "workers"), (1, 0.0, "timeout_s"), (1, float("nan"), "timeout_s")],
 )
 def test_impossible_sizes_are_refused(workers, timeout_s, field):
     with pytest.raises(ValueError, match=f"reward.{field}="):
@@ -218,7 +223,7 @@ asyncio.run(main())
 
 
 def test_workers_die_with_a_parent_that_is_killed():
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stderr=subprocess.PIPE, text=True, env=env)
     assert parent.stderr is not None
     try:
@@ -237,6 +242,8 @@ def test_workers_die_with_a_parent_that_is_killed():
 
 
 def test_forgotten_pool_ends_with_the_interpreter():
-    script = "from megatron_dapo.reward.pool import GradingPool; pool = GradingPool('dapo', 2, 1.0); print('up')"
+    script = (
+        "from megatron_dapo.reward.pool import GradingPool; pool = GradingPool('dapo', 2, 1.0); print('up')"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert (result.returncode, result.stdout, result.stderr) == (0, "up\n", "")

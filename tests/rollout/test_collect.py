@@ -7,7 +7,7 @@ import itertools
 import random
 
 import pytest
-from collecting import (
+from support.collecting import (
     MIXED,
     RIGHT,
     WRONG,
@@ -15,15 +15,15 @@ from collecting import (
     collect,
     informative_prefix,
     make,
-    make_group,
-    make_prompt,
     positions,
     positions_of_state,
 )
+from support.samples import make_group, make_prompt
 
-from megatron_dapo.rollout.collect import Collected, Collector
+from megatron_dapo.rollout.collect import Collector
+from megatron_dapo.types import Collected
 
-# --- order ---------------------------------------------------------------------------------------------------------------
+# --- order ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -60,7 +60,9 @@ async def test_without_dynamic_sampling_every_group_is_accepted():
 
 @pytest.mark.parametrize("seed", range(30))
 async def test_batches_are_the_informative_prompts_in_order_under_any_timing(seed):
-    """On-policy, no verdict may be lost or doubled over steps when nothing informative is dropped without being put back."""
+    """On-policy, no verdict may be lost or doubled over steps when nothing informative is dropped without
+    being put back.
+    """
     chance = random.Random(seed)
     correct = [chance.choice([RIGHT, WRONG, MIXED, 1]) for _ in range(400)]
     collector, sampler = make(correct, prompts_per_step=4, max_prompts=60)
@@ -76,12 +78,14 @@ async def test_batches_are_the_informative_prompts_in_order_under_any_timing(see
 
 @pytest.mark.parametrize("max_age", [0, 1, 3])
 @pytest.mark.parametrize("script", range(5))
-async def test_in_waves_nothing_at_all_depends_on_timing(script, max_age):
+async def test_in_rounds_nothing_at_all_depends_on_timing(script, max_age):
     """Batches, counts, all sampled groups and the state between steps, over four steps, for any delays."""
 
     async def run(seed: int) -> list:
         correct = [random.Random(f"{script}/{i}").choice([RIGHT, WRONG, MIXED]) for i in range(300)]
-        collector, sampler = make(correct, waves=True, prompts_per_step=4, max_prompts=60, max_age=max_age)
+        collector, sampler = make(
+            correct, one_round_at_a_time=True, prompts_per_step=4, max_prompts=60, max_age=max_age
+        )
         chance = random.Random(seed)
         sampler.delays = {position: chance.randrange(1, 50) for position in range(300)}
         return [(await collect(collector, sampler, step), collector.state()) for step in range(4)]
@@ -91,11 +95,13 @@ async def test_in_waves_nothing_at_all_depends_on_timing(script, max_age):
         assert await run(seed) == first
 
 
-# --- ahead of need -------------------------------------------------------------------------------------------------------
+# --- ahead of need ----------------------------------------------------------------------
 
 
 async def test_requests_run_ahead_by_the_pass_rate():
-    """Hand-computed: after 10 all-wrong groups the pass rate is 0.9^10 = 0.3487; 3 missing groups need ceil(3 / 0.3487) = 9."""
+    """Hand-computed: after 10 all-wrong groups the pass rate is 0.9^10 = 0.3487; 3 missing groups need ceil(3
+    / 0.3487) = 9.
+    """
     collector, sampler = make([WRONG] * 10, max_prompts=100)
     collector.load_state(collector.state() | {"pass_rate": 0.9**10})
     sampler.held = set(range(100))
@@ -119,8 +125,8 @@ async def test_a_finished_group_is_replaced_while_others_still_run():
     assert sampler.finished.index(3) < sampler.finished.index(1)
 
 
-async def test_a_wave_is_waited_for_before_the_next_one():
-    collector, sampler = make([WRONG], waves=True)
+async def test_a_round_is_waited_for_before_the_next_one():
+    collector, sampler = make([WRONG], one_round_at_a_time=True)
     sampler.delays = {1: 100, 2: 100}
     await collect(collector, sampler)
     assert sampler.finished[:3] == [0, 1, 2]
@@ -138,7 +144,7 @@ async def test_progress_counts_the_accepted_in_order():
     assert all(done in (0, 3) for done, _ in seen)  # 0 comes last, and the other two do not count before it
 
 
-# --- surplus: aborted, carried over, dropped -----------------------------------------------------------------------------
+# --- surplus: aborted, carried over, dropped --------------------------------------------
 
 
 async def test_aborted_prompts_come_first_in_the_next_step_in_order():
@@ -159,7 +165,7 @@ async def test_aborted_prompts_come_first_in_the_next_step_in_order():
 
 async def surplus(max_age: int, **config) -> tuple[Collector, Sampler, Collected]:
     """A step that accepts 0, 1, 2 and has 3, 4, 5 finished too, all informative but 4."""
-    collector, sampler = make([MIXED] * 4 + [WRONG], waves=True, max_age=max_age, **config)
+    collector, sampler = make([MIXED] * 4 + [WRONG], one_round_at_a_time=True, max_age=max_age, **config)
     collector.load_state(collector.state() | {"pass_rate": 0.5})
     collected = await collect(collector, sampler, 10)
     assert positions(collected.groups) == [0, 1, 2]
@@ -188,10 +194,14 @@ async def test_surplus_is_carried_with_its_version_and_trained_first():
     assert positions(second.groups) == [3, 5, 6]
     assert [group.weight_version for group in second.groups] == [10, 10, 11]
     assert 3 not in sampler.started and 5 not in sampler.started
-    assert positions(second.sampled) == sorted(sampler.started)  # carried groups were counted when they were sampled
+    assert positions(second.sampled) == sorted(
+        sampler.started
+    )  # carried groups were counted when they were sampled
 
 
-@pytest.mark.parametrize(("max_age", "age", "expires"), [(1, 1, False), (1, 2, True), (2, 2, False), (2, 3, True)])
+@pytest.mark.parametrize(
+    ("max_age", "age", "expires"), [(1, 1, False), (1, 2, True), (2, 2, False), (2, 3, True)]
+)
 async def test_carried_groups_expire_by_their_age_in_steps(max_age, age, expires):
     collector, sampler, _ = await surplus(max_age)
     sampler.started = []
@@ -206,7 +216,7 @@ async def test_carried_groups_expire_by_their_age_in_steps(max_age, age, expires
 async def test_a_carried_group_waits_for_the_prompts_before_it():
     """4 was aborted, 5 is finished and carried: 5 may only be accepted after 4 is known."""
     collector, sampler = make(max_age=1)
-    waiting, carried = [make_prompt(4)], [make_group(make_prompt(p), MIXED, 0) for p in (5, 6, 7, 8)]
+    waiting, carried = [make_prompt(4)], [make_group(make_prompt(p), MIXED) for p in (5, 6, 7, 8)]
     collector.load_state({"waiting": waiting, "carried": carried, "pass_rate": 1.0})
     sampler.stream.position = 9
     sampler.delays = {4: 50}
@@ -218,7 +228,7 @@ async def test_a_carried_group_waits_for_the_prompts_before_it():
 
 async def test_enough_carried_groups_need_no_request():
     collector, sampler = make(max_age=1)
-    carried = [make_group(make_prompt(p), MIXED, 0) for p in range(4)]
+    carried = [make_group(make_prompt(p), MIXED) for p in range(4)]
     collector.load_state({"waiting": [], "carried": carried, "pass_rate": 1.0})
     collected = await collect(collector, sampler, 1)
     assert positions(collected.groups) == [0, 1, 2] and sampler.started == []

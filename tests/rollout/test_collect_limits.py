@@ -7,26 +7,46 @@ import random
 from collections import deque
 
 import pytest
-from collecting import MIXED, RIGHT, WRONG, collect, make, make_group, make_prompt, positions, positions_of_state
+from support.collecting import (
+    MIXED,
+    RIGHT,
+    WRONG,
+    collect,
+    make,
+    positions,
+    positions_of_state,
+)
+from support.samples import make_group, make_prompt
 
+from megatron_dapo.rollout.client import EngineDied
 from megatron_dapo.rollout.collect import SamplingCapReached
-from megatron_dapo.rollout.engine import EngineDied
 
-# --- caps, windows and the end of the data -------------------------------------------------------------------------------
+# --- caps, windows and the end of the data ----------------------------------------------
 
 
-@pytest.mark.parametrize("waves", [False, True])
-async def test_the_cap_is_an_error_that_teaches(waves):
-    collector, sampler = make([RIGHT, WRONG, WRONG, MIXED] + [WRONG] * 20, max_prompts=8, waves=waves)
+@pytest.mark.parametrize("one_round_at_a_time", [False, True])
+async def test_the_cap_is_an_error_that_teaches(one_round_at_a_time):
+    collector, sampler = make(
+        [RIGHT, WRONG, WRONG, MIXED] + [WRONG] * 20, max_prompts=8, one_round_at_a_time=one_round_at_a_time
+    )
     with pytest.raises(SamplingCapReached) as error:
         await collect(collector, sampler)
     assert len(sampler.started) == 8 and sampler.running == 0
-    for words in ("only 1 of", "prompts_per_step=3", "max_prompts=8", "1 all correct", "6 all wrong", "on_cap"):
+    for words in (
+        "only 1 of",
+        "prompts_per_step=3",
+        "max_prompts=8",
+        "1 all correct",
+        "6 all wrong",
+        "on_cap",
+    ):
         assert words in str(error.value)
 
 
 async def test_the_cap_can_train_a_smaller_batch():
-    collector, sampler = make([WRONG, MIXED, WRONG, MIXED] + [WRONG] * 20, max_prompts=8, on_cap="train_smaller_batch")
+    collector, sampler = make(
+        [WRONG, MIXED, WRONG, MIXED] + [WRONG] * 20, max_prompts=8, on_cap="train_smaller_batch"
+    )
     collected = await collect(collector, sampler)
     assert positions(collected.groups) == [1, 3]
     assert collected.counts["all_wrong"] == 6 and not collected.exhausted
@@ -41,10 +61,14 @@ async def test_a_smaller_batch_of_nothing_is_an_error():
 
 
 async def test_a_smaller_batch_keeps_informative_groups_behind_a_gap():
-    """Prompts 0..3 wait, the cap lets only 0, 1, 2 out, and 4 is carried: it can not be trained on before 3, nor vanish."""
+    """Prompts 0..3 wait, the cap lets only 0, 1, 2 out, and 4 is carried: it can not be trained on before 3,
+    nor vanish.
+    """
     collector, sampler = make([MIXED, WRONG, WRONG], max_prompts=3, on_cap="train_smaller_batch", max_age=2)
-    carried = [make_group(make_prompt(4), MIXED, 0)]
-    collector.load_state({"waiting": [make_prompt(p) for p in range(4)], "carried": carried, "pass_rate": 1.0})
+    carried = [make_group(make_prompt(4), MIXED)]
+    collector.load_state(
+        {"waiting": [make_prompt(p) for p in range(4)], "carried": carried, "pass_rate": 1.0}
+    )
     sampler.stream.position = 5
     first = await collect(collector, sampler, 1)
     assert positions(first.groups) == [0] and first.counts["carried_over"] == 1
@@ -80,9 +104,14 @@ async def test_the_adaptive_window_widens_only_at_the_cap():
         await collect(collector, sampler)
 
 
-@pytest.mark.parametrize("waves", [False, True])
-async def test_the_end_of_the_data_gives_a_smaller_last_batch(waves):
-    collector, sampler = make([MIXED, WRONG, MIXED, RIGHT, MIXED], length=5, prompts_per_step=2, waves=waves)
+@pytest.mark.parametrize("one_round_at_a_time", [False, True])
+async def test_the_end_of_the_data_gives_a_smaller_last_batch(one_round_at_a_time):
+    collector, sampler = make(
+        [MIXED, WRONG, MIXED, RIGHT, MIXED],
+        length=5,
+        prompts_per_step=2,
+        one_round_at_a_time=one_round_at_a_time,
+    )
     first = await collect(collector, sampler)
     assert positions(first.groups) == [0, 2] and not first.exhausted
     second = await collect(collector, sampler, 1)
@@ -92,27 +121,31 @@ async def test_the_end_of_the_data_gives_a_smaller_last_batch(waves):
 
 
 async def test_carried_groups_are_trained_before_the_run_ends():
-    collector, sampler = make(length=6, waves=True, max_age=1)
+    collector, sampler = make(length=6, one_round_at_a_time=True, max_age=1)
     collector.load_state(collector.state() | {"pass_rate": 0.3})
     first = await collect(collector, sampler)
-    assert positions(first.groups) == [0, 1, 2] and not first.exhausted  # all 6 were sampled and the data has ended
+    assert (
+        positions(first.groups) == [0, 1, 2] and not first.exhausted
+    )  # all 6 were sampled and the data has ended
     second = await collect(collector, sampler, 1)
     assert positions(second.groups) == [3, 4, 5] and second.exhausted and len(sampler.started) == 6
 
 
-# --- failures and restarts -----------------------------------------------------------------------------------------------
+# --- failures and restarts --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("waves", [False, True])
-async def test_a_dead_engine_costs_only_unfinished_groups(waves):
-    collector, sampler = make([MIXED, WRONG, MIXED, MIXED, MIXED], prompts_per_step=4, waves=waves)
+@pytest.mark.parametrize("one_round_at_a_time", [False, True])
+async def test_a_dead_engine_costs_only_unfinished_groups(one_round_at_a_time):
+    collector, sampler = make(
+        [MIXED, WRONG, MIXED, MIXED, MIXED], prompts_per_step=4, one_round_at_a_time=one_round_at_a_time
+    )
     sampler.delays = {0: 1, 1: 1, 2: 10, 3: 20}
     sampler.failures = {2: EngineDied("gone")}
     with pytest.raises(EngineDied, match="gone"):
         await collect(collector, sampler)
     assert sampler.running == 0
     before, sampler.started = set(sampler.finished), []
-    assert before >= {0, 1} and (not waves or before == {0, 1, 3})
+    assert before >= {0, 1} and (not one_round_at_a_time or before == {0, 1, 3})
     collected = await collect(collector, sampler)
     assert positions(collected.groups) == [0, 2, 3, 4]
     assert not before & set(sampler.started), "a finished group was sampled again"
@@ -120,10 +153,10 @@ async def test_a_dead_engine_costs_only_unfinished_groups(waves):
 
 
 @pytest.mark.parametrize("failing", [0, 3, 7])
-async def test_in_waves_a_dead_engine_changes_nothing(failing):
+async def test_in_rounds_a_dead_engine_changes_nothing(failing):
     """The batch, the counts and the next step are those of a run whose engine lived."""
     script = [random.Random(f"death/{i}").choice([RIGHT, WRONG, MIXED]) for i in range(300)]
-    options = {"prompts_per_step": 6, "max_prompts": 60, "max_age": 1, "waves": True}
+    options = {"prompts_per_step": 6, "max_prompts": 60, "max_age": 1, "one_round_at_a_time": True}
     collector, sampler = make(script, **options)
     expected = [await collect(collector, sampler, step) for step in range(3)]
 
@@ -178,7 +211,7 @@ async def test_cancelling_keeps_finished_groups_and_stops_requests():
 async def test_a_resumed_collector_continues_exactly(max_age, stop_after):
     """state() and the prompt cursor after any step, in a new collector: the same steps follow."""
     script = [random.Random(f"resume/{i}").choice([RIGHT, WRONG, MIXED]) for i in range(300)]
-    options = {"prompts_per_step": 4, "max_prompts": 60, "max_age": max_age, "waves": True}
+    options = {"prompts_per_step": 4, "max_prompts": 60, "max_age": max_age, "one_round_at_a_time": True}
     collector, sampler = make(script, **options)
     whole = []
     for step in range(6):
@@ -196,9 +229,9 @@ async def test_a_resumed_collector_continues_exactly(max_age, stop_after):
 @pytest.mark.parametrize("max_age", [0, 1, 2])
 @pytest.mark.parametrize("ticks", [0, 3, 10, 25])
 async def test_a_step_given_up_on_a_signal_is_not_begun(max_age, ticks):
-    """SIGTERM in the middle of a step: the checkpoint that follows resumes to what would have been collected."""
+    """SIGTERM in the middle of a step: the checkpoint after it resumes to what would have been collected."""
     script = [random.Random(f"signal/{i}").choice([RIGHT, WRONG, MIXED]) for i in range(300)]
-    options = {"prompts_per_step": 4, "max_prompts": 60, "max_age": max_age, "waves": True}
+    options = {"prompts_per_step": 4, "max_prompts": 60, "max_age": max_age, "one_round_at_a_time": True}
 
     async def up_to_step_3(collector, sampler):
         return [await collect(collector, sampler, step) for step in range(3)]
@@ -227,12 +260,14 @@ async def test_a_step_given_up_on_a_signal_is_not_begun(max_age, ticks):
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_random_runs_keep_the_balance(seed):
-    """Any options, timing and engine deaths: every step ends or says why, no prompt is lost or trained on twice."""
+    """Any options, timing and engine deaths: every step ends or says why, no prompt is lost or trained on
+    twice.
+    """
     chance = random.Random(f"balance/{seed}")
     script = [chance.choice([RIGHT, WRONG, MIXED, 1, 3]) for _ in range(3000)]
     collector, sampler = make(
         script,
-        waves=chance.random() < 0.3,
+        one_round_at_a_time=chance.random() < 0.3,
         prompts_per_step=chance.randrange(1, 9),
         max_prompts=chance.randrange(20, 60),
         max_age=chance.randrange(4),

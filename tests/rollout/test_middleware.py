@@ -1,12 +1,14 @@
 import aiohttp
 import pytest
-from tiny import TOKEN
+from support.models import TOKEN
 
 from megatron_dapo.rollout.middleware import TOKEN_VARIABLE, RunToken
 
 
 async def status(path: str, headers: list[tuple[bytes, bytes]], kind: str = "http") -> int | str:
-    """What a caller sees: the status of the answer, 'app' if the request reaches the application, or 'closed'."""
+    """What a caller sees: the status of the answer, 'app' if the request reaches the application, or
+    'closed'.
+    """
     sent = []
 
     async def app(scope, receive, send):

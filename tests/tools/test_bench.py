@@ -30,14 +30,19 @@ def bench(monkeypatch, capsys, tmp_path):
 
 
 def test_packing(bench):
-    report = bench([60, 60, 60], "--budget", "100", "--ranks", "1")  # 180 tokens in two budgets at best, 60 in each of three
+    report = bench(
+        [60, 60, 60], "--budget", "100", "--ranks", "1"
+    )  # 180 tokens in two budgets at best, 60 in each of three
     assert 0 < report.pop("seconds") < 1
     assert report == {"imbalance": 1.0, "fill": 0.6, "num_micro_batches": 3, "padding": 0.0, "lower_bound": 2}
 
 
 def test_padding_of_a_layout(bench):
-    # 30 and 30 become 32 (multiples of 2 cp), 64 together, and 96 for shares of both context-parallel ranks in multiples of 48
-    report = bench([30, 30], "--budget", "100", "--ranks", "1", "--cp", "2", "--tp", "3", "--fp8", "tensorwise")
+    # 30 and 30 become 32 (multiples of 2 cp), 64 together, and 96 for shares of both context-parallel ranks
+    # in multiples of 48
+    report = bench(
+        [30, 30], "--budget", "100", "--ranks", "1", "--cp", "2", "--tp", "3", "--fp8", "tensorwise"
+    )
     assert report["padding"] == round(1 - 60 / 96, 5)
 
 
@@ -51,5 +56,7 @@ def test_imbalance_is_by_the_cost_of_qwen_32b(bench):
 
 
 def test_a_budget_below_a_sample(bench):
-    with pytest.raises(SystemExit, match=r"--budget 100 is below the longest sample \(101 tokens\); raise it"):
+    with pytest.raises(
+        SystemExit, match=r"--budget 100 is below the longest sample \(101 tokens\); raise it"
+    ):
         bench([101, 5], "--budget", "100")

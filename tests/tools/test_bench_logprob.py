@@ -15,10 +15,18 @@ MIB = 1 << 20
 def test_memory_and_gradients():
     sizes = ["--tokens", "2048", "--vocab", "30000", "--hidden", "8", "--repeats", "1"]  # logits of 234 MiB
     env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    done = subprocess.run([sys.executable, str(TOOL), "logprob", *sizes], capture_output=True, text=True, timeout=200, env=env)
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "logprob", *sizes], capture_output=True, text=True, timeout=200, env=env
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found.keys() == {"peak_extra_bytes", "plain_peak_extra_bytes", "seconds", "plain_seconds", "max_grad_error"}
+    assert found.keys() == {
+        "peak_extra_bytes",
+        "plain_peak_extra_bytes",
+        "seconds",
+        "plain_seconds",
+        "max_grad_error",
+    }
     assert 2 * 234 * MIB < found["plain_peak_extra_bytes"] < 3.5 * 234 * MIB
     assert 2 * 60 * MIB < found["peak_extra_bytes"] < 2.5 * 64 * MIB  # two blocks
     assert 0 < found["max_grad_error"] < 1e-5

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what config.py says."""
+"""docs/configuration.md says what config/ says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal
 
 import pytest
 from pydantic import BaseModel, Field, PositiveInt
+
+from megatron_dapo.config import ObjectiveSection
+from megatron_dapo.config.objective import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,10 +70,29 @@ class Outer(BaseModel):
 
 def test_the_keys_of_a_nested_section_follow_it(tool):
     keys = [key for key, _ in tool.fields(Outer)]
-    assert keys[:3] == ["inner", "inner.size", "inner.share"] and keys[-3:] == ["quiet", "quiet.told", "quiet.untold"]
+    assert keys[:3] == ["inner", "inner.size", "inner.share"] and keys[-3:] == [
+        "quiet",
+        "quiet.told",
+        "quiet.untold",
+    ]
     assert tool.type_text(Outer.model_fields["inner"]) == "section or null"
     with pytest.raises(ValueError, match=r"no description for outer\.quiet\.untold;"):
         tool.page({"outer": Outer})
+
+
+class OtherKind(ObjectiveSection):
+    kind: Literal["other"] = Field(default="other", description="Kind.")
+    beta: float = Field(default=0.5, description="Beta.")
+
+
+def test_every_kind_of_objective_has_its_own_table(tool, monkeypatch):
+    assert "\n## objective\n" in tool.page(tool.section_types())
+    monkeypatch.setitem(KINDS, "other", OtherKind)
+    page = tool.page(tool.section_types())
+    dapo, other = page.partition("## objective (kind=other)")[::2]
+    assert "\n## objective (kind=dapo)\n" in dapo and "`eps_low`" in dapo and "`beta`" not in dapo
+    other = other.partition("\n## ")[0]
+    assert "`beta`" in other and "`mismatch_low`" in other and "`eps_low`" not in other
 
 
 def test_a_key_without_description_is_refused(tool):

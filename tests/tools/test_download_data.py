@@ -24,7 +24,10 @@ def tool():
 
 def make_rows(*pairs: tuple[str, str]) -> datasets.Dataset:
     return datasets.Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": p}], "reward_model": {"ground_truth": a, "style": "rule"}} for p, a in pairs]
+        [
+            {"prompt": [{"role": "user", "content": p}], "reward_model": {"ground_truth": a, "style": "rule"}}
+            for p, a in pairs
+        ]
     )
 
 
@@ -35,7 +38,9 @@ DAPO = ("prompt.0.content", "reward_model.ground_truth")
 @pytest.mark.parametrize(("dedup", "expected"), [(False, ROWS), (True, ROWS[:2])])
 def test_what_is_written_is_what_a_run_reads(tool, tmp_path, monkeypatch, capsys, dedup, expected):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or make_rows(*ROWS))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **options: asked.append((args, options)) or make_rows(*ROWS)
+    )
     out = tmp_path / "new" / "rows.jsonl"
     paths = ["--prompt-path", DAPO[0], "--answer-path", DAPO[1]]
     monkeypatch.setattr(sys, "argv", ["x", "--name", "a/b", "--out", str(out), *paths, *["--dedup"] * dedup])

@@ -23,7 +23,9 @@ def tool():
 def run(tmp_path) -> Path:
     """Four steps; the evaluation is recorded before the first and after the last, as a run does."""
     rows = [{"step": 0, "eval/accuracy": 0.25}]
-    rows += [{"step": s, "accuracy/mean": 0.2 * s, "reward/mean": 0.4 * s - 1, "lr": 1e-4} for s in (1, 2, 3, 4)]
+    rows += [
+        {"step": s, "accuracy/mean": 0.2 * s, "reward/mean": 0.4 * s - 1, "lr": 1e-4} for s in (1, 2, 3, 4)
+    ]
     rows[-1]["eval/accuracy"] = 0.9375
     folder = tmp_path / "some_run"
     folder.mkdir()

@@ -1,0 +1,346 @@
+"""Every section of a run's configuration but the objective: fields with bounds, default, meaning and unit.
+
+Rules between fields are in preflight.py and policy/rules.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from megatron_dapo.layout import Layout
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Folder of a Hugging Face checkpoint with tokenizer, or a hub name.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="Compute type; bf16 keeps fp32 master weights."
+    )
+
+
+class LayoutConfig(Section):
+    tensor_parallel: PositiveInt = Field(
+        default=1, description="Ranks that split every weight matrix; must divide heads, hidden and MLP size."
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split norms and residuals by token over the tensor-parallel ranks; needs "
+        "tensor_parallel > 1.",
+    )
+    pipeline_parallel: PositiveInt = Field(
+        default=1, description="Pipeline stages; must divide the number of layers."
+    )
+    virtual_pipeline_parallel: PositiveInt | None = Field(
+        default=None,
+        description="Model chunks of each pipeline stage (interleaved schedule); needs pipeline_parallel > "
+        "1; null: one.",
+    )
+    context_parallel: PositiveInt = Field(default=1, description="Ranks that split every sequence.")
+    expert_parallel: PositiveInt = Field(
+        default=1,
+        description="Ranks that split the experts among them; they are ranks of the other dimensions, not "
+        "more ranks.",
+    )
+    expert_tensor_parallel: PositiveInt = Field(
+        default=1, description="Ranks that split every expert's matrices."
+    )
+    data_parallel: PositiveInt = Field(
+        default=1,
+        description="Replicas that train on different samples; must divide the samples of each update.",
+    )
+
+    def to_layout(self) -> Layout:
+        return Layout(
+            tp=self.tensor_parallel,
+            sp=self.sequence_parallel,
+            pp=self.pipeline_parallel,
+            vpp=self.virtual_pipeline_parallel,
+            cp=self.context_parallel,
+            ep=self.expert_parallel,
+            etp=self.expert_tensor_parallel,
+            dp=self.data_parallel,
+        )
+
+
+class Fp8Config(Section):
+    format: Literal["e4m3", "hybrid"] = Field(
+        default="e4m3",
+        description="hybrid quantises gradients to e5m2, with more range and less precision; the rest is "
+        "e4m3.",
+    )
+    recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        default="blockwise",
+        description="How scales are chosen: per tensor from its own values or from the last pass, in blocks "
+        "of 128, in blocks of 32.",
+    )
+    param_gather: bool = Field(
+        default=False,
+        description="Keep the weights of those layers in FP8 and gather them so after updates (GPU only).",
+    )
+    first_last_bf16: bool = Field(
+        default=False, description="Leave the first and the last layer unquantised."
+    )
+
+
+class PolicyConfig(Section):
+    fp8: Fp8Config | None = Field(
+        default=None,
+        description="FP8 matrix products in the policy's layers: TransformerEngine's on GPU, emulated on "
+        "CPU; null: off.",
+    )
+    recompute: Literal["selective", "full"] | None = Field(
+        default=None,
+        description="Compute activations again in the backward pass: of some modules, or of whole layers; "
+        "null: keep them.",
+    )
+    recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = Field(
+        default=["core_attn"], description="What 'selective' recomputes."
+    )
+    recompute_layers: PositiveInt = Field(
+        default=1, description="'full': layers recomputed together from one kept input."
+    )
+    overlap_grad_reduce: bool = Field(
+        default=False, description="Reduce gradients over data-parallel ranks during the backward pass."
+    )
+    overlap_param_gather: bool = Field(
+        default=False,
+        description="Gather updated weights during the next forward pass; needs overlap_grad_reduce and "
+        "optimizer.distributed.",
+    )
+    overlap_tensor_parallel: bool = Field(
+        default=False,
+        description="TransformerEngine's overlap of tensor-parallel communication (GPU only); needs "
+        "sequence_parallel.",
+    )
+
+
+class RolloutConfig(Section):
+    engines: PositiveInt = Field(default=1, description="Number of vLLM servers started on this host.")
+    tensor_parallel: PositiveInt = Field(default=1, description="Tensor-parallel size of each server.")
+    max_tokens: PositiveInt = Field(default=1024, description="Longest response, tokens (the paper's L_max).")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Sampling temperature; training divides its logits by it too."
+    )
+    seeded: bool = Field(
+        default=False,
+        description="Give every request a seed made of run.seed, prompt and sample: repeatable runs.",
+    )
+    base_port: int | None = Field(
+        default=None, description="Engine i listens on base_port + i; null picks free ports."
+    )
+    memory_utilization: float = Field(
+        default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only)."
+    )
+    cpu_kv_cache_gib: PositiveInt = Field(default=1, description="KV cache of each server, GiB (CPU only).")
+    max_concurrency: PositiveInt = Field(
+        default=256,
+        description="Sequences one engine runs at once; more are not sent to it until one has ended.",
+    )
+    start_timeout_s: float = Field(
+        default=300, gt=0, description="How long a server may take to become healthy."
+    )
+    progress_timeout_s: float = Field(
+        default=30,
+        gt=0,
+        description="An engine that makes no new token for this long while requests are in flight is taken "
+        "for dead.",
+    )
+    min_engines: PositiveInt = Field(
+        default=1, description="The run goes on while this many engines live; fewer stop it."
+    )
+    max_restarts: int = Field(
+        default=2, ge=0, description="Restarts of dead engines in one hour, all engines together."
+    )
+    extra_args: list[str] = Field(
+        default=[], description="More arguments for the vLLM server, as on its command line."
+    )
+
+
+class SamplingConfig(Section):
+    prompts_per_step: PositiveInt = Field(
+        default=512, description="K: informative groups each step trains on."
+    )
+    samples_per_prompt: int = Field(default=16, ge=2, description="G: completions of each prompt.")
+    dynamic: bool = Field(default=True, description="Dynamic sampling; false accepts every group.")
+    low: float = Field(
+        default=0.0, ge=0, le=1, description="A group is informative if low < accuracy < high."
+    )
+    high: float = Field(default=1.0, ge=0, le=1, description="Upper end of that window.")
+    inclusive: bool = Field(default=False, description="low <= accuracy <= high instead.")
+    adaptive: bool = Field(
+        default=False,
+        description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies.",
+    )
+    max_prompts: PositiveInt | None = Field(
+        default=None, description="Most prompts sampled in one step; default 10 x prompts_per_step."
+    )
+    on_cap: Literal["error", "train_smaller_batch"] = Field(
+        default="error", description="What to do when max_prompts is reached."
+    )
+    max_age: int = Field(
+        default=1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy."
+    )
+
+    @property
+    def prompt_cap(self) -> int:
+        return self.max_prompts or 10 * self.prompts_per_step
+
+
+class RewardConfig(Section):
+    verifier: str = Field(
+        default="dapo",
+        description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'.",
+    )
+    workers: PositiveInt = Field(default=1, description="Grading processes.")
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong."
+    )
+    overlong_cache: int = Field(
+        default=0,
+        ge=0,
+        description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off.",
+    )
+    overlong_filter: bool = Field(default=False, description="Mask truncated samples out of the loss.")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(default=1e-6, gt=0, description="Learning rate of AdamW, after warm-up.")
+    min_lr: float = Field(default=0.0, ge=0, description="Where a cosine decay ends.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's term in the denominator.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay; not applied to biases and norms."
+    )
+    clip_grad: float = Field(default=1.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    on_nonfinite: Literal["stop", "skip_update"] = Field(
+        default="stop",
+        description="What to do when loss or gradient is NaN or infinite; the weights stay as they were "
+        "either way.",
+    )
+    max_skipped: PositiveInt = Field(
+        default=3, description="Updates in a row that skip_update leaves out before the run stops."
+    )
+    spike_factor: float | None = Field(
+        default=5.0,
+        gt=1,
+        description="Report a gradient norm above this times the median of the last 64 updates, once there "
+        "are 8; null: never.",
+    )
+    warmup_updates: int = Field(
+        default=0, ge=0, description="Linear warm-up, in optimizer updates (not steps)."
+    )
+    decay: Literal["constant", "cosine"] = Field(
+        default="constant", description="Learning rate after warm-up."
+    )
+    decay_updates: PositiveInt | None = Field(
+        default=None, description="Updates over which cosine decays; required for cosine."
+    )
+    distributed: bool = Field(default=True, description="Shard the optimizer state over data-parallel ranks.")
+    cpu_offload: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the optimizer state that is kept, and updated, in host memory; needs bf16 and "
+        "distributed.",
+    )
+
+
+class BatchConfig(Section):
+    updates_per_step: PositiveInt = Field(
+        default=1, description="Optimizer updates made of one rollout batch."
+    )
+    max_tokens: PositiveInt = Field(default=16384, description="Token budget of one packed micro-batch.")
+
+
+class DataConfig(Section):
+    path: str | None = Field(default=None, description="JSONL or Parquet file, one problem a row.")
+    prompt_key: str = Field(default="prompt", description="Field of a row that holds the problem.")
+    answer_key: str = Field(default="answer", description="Field of a row that holds the reference answer.")
+    template: str = Field(default="{prompt}", description="Text around the problem; must hold {prompt}.")
+    chat: bool = Field(
+        default=False, description="Wrap the text as a user message in the tokenizer's chat template."
+    )
+    few_shot: list[dict[str, str]] = Field(
+        default=[], description="Worked examples {prompt, response} put before each problem (chat only)."
+    )
+    max_prompt_tokens: PositiveInt = Field(
+        default=2048, description="Longer prompts are counted and skipped."
+    )
+    shuffle: bool = Field(
+        default=True, description="A new order every epoch, from run.seed; false: file order."
+    )
+    epochs: PositiveInt | None = Field(
+        default=None, description="Passes over the data before the run ends; null: until run.max_steps."
+    )
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(
+        default=0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted."
+    )
+    keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
+    resume: str = Field(
+        default="auto",
+        description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder.",
+    )
+    export_hf: bool = Field(
+        default=True, description="Write a Hugging Face checkpoint with tokenizer when the run ends."
+    )
+
+
+class EvaluationConfig(Section):
+    path: str | None = Field(
+        default=None, description="Held-out problems, same format as data.path; null: no evaluation."
+    )
+    every_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Evaluate after this many steps; 0: only before the first and after the last.",
+    )
+    samples: PositiveInt = Field(
+        default=1, description="Completions of each problem; the accuracy is their mean (avg@k)."
+    )
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus of the evaluation's sampling; 1: off.")
+
+
+class ReportConfig(Section):
+    rollouts: bool = Field(
+        default=True,
+        description="Save every step's groups to rollouts/, so that tools/replay.py can train on them.",
+    )
+    gap_warning: float | None = Field(
+        default=0.1,
+        gt=0,
+        description="Say so when policy/rollout_logprob_gap is above this, nats: engines that compute "
+        "something else; null: never.",
+    )
+    tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
+    wandb: bool = Field(default=False, description="Log to wandb; offline without an API key.")
+    wandb_project: str = Field(default="megatron_dapo", description="Project that wandb logs to.")
+
+
+class RunSection(Section):
+    dir: str = Field(default="runs/dapo", description="Everything the run writes is in here.")
+    max_steps: PositiveInt = Field(
+        default=100, description="Steps (rollout batches) after which the run ends."
+    )
+    seed: int = Field(
+        default=0,
+        description="Seed of data order, of model parallel RNG and, with rollout.seeded, of sampling.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where policy ranks compute; auto: cuda if torch sees a GPU."
+    )
+    verify_sync: bool = Field(
+        default=False,
+        description="When the run ends, compare every parameter in every engine with a fresh server on the "
+        "exported checkpoint.",
+    )

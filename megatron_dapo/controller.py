@@ -1,0 +1,184 @@
+"""What only rank 0 has: prompts, engines, verifier and report, wired together.
+
+Nothing else decides what is trained on.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from megatron_dapo import checkpoint
+from megatron_dapo.config import RunConfig
+from megatron_dapo.data.prompts import PromptStream, load_rows
+from megatron_dapo.errors import UserError
+from megatron_dapo.evaluate import evaluate
+from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.policy.control import ControlChannel
+from megatron_dapo.report.rollouts import rollout_path, save_groups
+from megatron_dapo.report.sinks import Reporter
+from megatron_dapo.report.step import gap_warning, step_metrics
+from megatron_dapo.reward.grading import Grader
+from megatron_dapo.rollout.service import RolloutService, StopRequested, WeightsNeeded
+from megatron_dapo.sync.verify import compare_digests
+from megatron_dapo.types import Batch, Collected, Prompt, StepResult
+
+T = TypeVar("T")
+# done: with the result; stop: a signal came; push: no engine holds the weights; failed: an error of rank 0
+Outcome = tuple[Literal["done", "stop", "push", "failed"], Any]
+
+
+class Controller:
+    """Rank 0's side of a run. `state` is what a checkpoint kept of it, or None for a new run that starts at
+    step 0.
+    """
+
+    def __init__(
+        self, config: RunConfig, spec: ModelSpec, folder: Path, state: checkpoint.RunState | None
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.config, self.run_dir = config, Path(config.run.dir)
+        step = state.step if state else 0
+        moved = checkpoint.set_aside(self.run_dir, step)
+        self.reporter = Reporter(self.run_dir, config, step + 1 if state else None)
+        if moved:
+            self.reporter.message(f"checkpoints of an earlier run were moved to {moved}")
+        self.collected: Collected | None = None  # of the running step
+        self._counted_for = -1  # weight version of the step that times and failures are counted for
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        data = config.data
+        rows = load_rows(data.path or "", data.prompt_key, data.answer_key)
+        self.prompts = PromptStream(rows, tokenizer, data, config.run.seed)
+        self.held_out = self._held_out(tokenizer)
+        self.grader = Grader(config.reward, tokenizer, longest=config.rollout.max_tokens)
+        self.service = RolloutService(
+            config,
+            folder=folder,
+            stop_token_ids=spec.eos_token_ids,
+            prompts=self.prompts,
+            grade=self.grader.grade,
+            progress=lambda done, total: self.reporter.progress("collect", done, total),
+            message=self.reporter.message,
+        )
+        if state:
+            self.prompts.load_state(state.prompts)
+            self.service.load_state(state.collector)
+        self.service.start()  # the servers load while the policy is built
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, self._request_stop)
+
+    def collect(self, version: int) -> Collected:
+        """The groups of the next step, sampled by weight version `version` or carried over
+        (rollout/collect.py).
+        """
+        if version != self._counted_for:  # called again after a push of weights, the counts of the step go on
+            self._counted_for, self.grader.seconds = version, 0.0
+            self.service.request_failures.clear()
+        self.collected = self.service.next_step(version)
+        return self.collected
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Held-out accuracy, avg@k, as a metric and on the console; empty without evaluation.path."""
+        if not self.held_out:
+            return {}
+        accuracy = evaluate(self.held_out, self.service.submit).accuracy
+        when = f"after step {step}" if step else "before training"
+        self.reporter.message(f"held-out accuracy {when}: {accuracy:.3f}")
+        return {"eval/accuracy": accuracy}
+
+    def measure(
+        self, batch: Batch, result: StepResult, clock: Mapping[str, float], num_updates: int
+    ) -> dict[str, float]:
+        """The metrics of the step that has just ended; says so when engines and policy disagree."""
+        assert self.collected is not None
+        metrics = step_metrics(
+            self.collected,
+            batch,
+            result,
+            clock,
+            reward_seconds=self.grader.seconds,
+            request_failures=self.service.request_failures,
+            num_updates=num_updates,
+        )
+        if warning := gap_warning(metrics, self.config.report.gap_warning):
+            self.reporter.message(warning)
+        return metrics
+
+    def save_rollouts(self, step: int, num_updates: int) -> None:
+        """The groups that the step trained on, for tools/replay.py."""
+        if self.config.report.rollouts and self.collected:
+            path = rollout_path(self.run_dir, step)
+            save_groups(path, self.collected.groups, step, {"num_updates": num_updates})
+
+    def state(self, step: int) -> checkpoint.RunState:
+        """What a checkpoint keeps of rank 0, between two steps."""
+        return checkpoint.RunState(step=step, prompts=self.prompts.state(), collector=self.service.state())
+
+    def verify(self, export: Path, version: int) -> int:
+        """Compare every parameter in every engine with a fresh server on the export; how many were
+        compared.
+        """
+        digests = self.service.load_once(export)
+        engines = [name for name, state in self.service.replica_states().items() if state == "ready"]
+        tp = self.config.rollout.tensor_parallel
+        return compare_digests(digests, engines, tensor_parallel=tp, version=version, export=export)
+
+    def close(self) -> None:
+        """Stop engines and grading workers, whatever state they are in."""
+        self.grader.close()
+        self.service.close()
+        self.reporter.close()
+
+    def _held_out(self, tokenizer: Any) -> list[Prompt]:
+        path = self.config.evaluation.path
+        if path is None:
+            return []
+        once = self.config.data.model_copy(update={"shuffle": False, "epochs": 1})
+        rows = load_rows(path, once.prompt_key, once.answer_key, "evaluation.path")
+        return list(iter(PromptStream(rows, tokenizer, once, self.config.run.seed).next, None))
+
+    def _request_stop(self, number: int, frame: Any) -> None:
+        self.reporter.message(
+            f"{signal.Signals(number).name}: stopping after the running update, with a checkpoint"
+        )
+        self.service.interrupt()
+
+
+def on_rank_0(
+    work: Callable[[Controller], T],
+    controller: Controller | None,
+    channel: ControlChannel,
+    *,
+    push_weights: Callable[[], None],
+) -> T:
+    """Collective. Run `work` on rank 0, which has the controller, and return its result on every rank.
+
+    When no engine holds the weights any more (all were restarted) every rank pushes them, and `work` is
+    called again: what it had finished is still there. StopRequested is raised on all ranks alike; any other
+    error on rank 0, and on the others one that says so.
+    """
+    while True:
+        outcome, error = _attempt(work, controller) if controller else (None, None)
+        kind, result = channel.share(outcome)
+        if kind == "done":
+            return result
+        if kind == "stop":
+            raise StopRequested
+        if kind == "failed":
+            raise error or UserError("rank 0 has ended the run; its message says why")
+        push_weights()
+
+
+def _attempt(work: Callable[[Controller], Any], controller: Controller) -> tuple[Outcome, Exception | None]:
+    """What rank 0 tells the others of `work`, and the error if there was one."""
+    try:
+        return ("done", work(controller)), None
+    except StopRequested:
+        return ("stop", None), None
+    except WeightsNeeded:
+        return ("push", None), None
+    except Exception as error:
+        return ("failed", None), error

@@ -1,0 +1,156 @@
+"""The only calls of Megatron's parallel_state: process groups from a Layout, started once per process, and
+this rank's coordinates in them. Every model of the process (policy, reference) lives in the same Session.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dapo.errors import UserError
+from megatron_dapo.layout import Layout
+from megatron_dapo.policy.backend import Backend
+from megatron_dapo.policy.control import ControlChannel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """How a kind of parameter is split by tensor parallelism: the rank's part of how many, and whether it is
+    the first replica.
+    """
+
+    size: int
+    rank: int
+    first_replica: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """This rank's coordinates and the groups it talks in.
+
+    control: a gloo group of all ranks, on CPU and GPU alike. replica_group: a gloo group of the ranks with
+    this rank's dp_rank, which all work on the same samples; replica_leader is the lowest of them. amax_group:
+    the ranks that share FP8's delayed scales (tensor, context and data parallel). channel: rank 0's decisions
+    on every rank, without a collective that could time out (policy/control.py).
+    """
+
+    rank: int
+    world_size: int
+    layout: Layout
+    backend: Backend
+    device: torch.device
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    cp_rank: int
+    etp_rank: int
+    expert_dp_rank: int
+    tp_group: Any
+    dp_group: Any
+    cp_group: Any
+    amax_group: Any
+    control: Any
+    replica_group: Any
+    replica_leader: int
+    channel: ControlChannel
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """The last stage has the loss, and its tensor-parallel ranks all have the same: the first one speaks
+        for them. Context-parallel ranks each speak for their own tokens.
+        """
+        return self.is_last_stage and self.tp_rank == 0
+
+    def shards(self, *, expert: bool) -> Shards:
+        if expert:
+            return Shards(size=self.layout.etp, rank=self.etp_rank, first_replica=self.expert_dp_rank == 0)
+        return Shards(size=self.layout.tp, rank=self.tp_rank, first_replica=self.dp_rank == self.cp_rank == 0)
+
+
+_session: Session | None = None
+
+
+def start(layout: Layout, backend: Backend) -> Session:
+    """The session of this process: the first call initialises torch.distributed (from torchrun's environment,
+    unless that was done before) and Megatron's groups; later ones return the same. Collective.
+
+    UserError for another layout or backend than that of the running session, or when the ranks are not as
+    many as the layout needs.
+    """
+    global _session
+    if _session is not None:
+        if (_session.layout, _session.backend) != (layout, backend):
+            raise UserError(
+                f"this process already runs {_session.layout.describe()} on the {_session.backend.name}, "
+                f"asked for {layout.describe()} on the {backend.name}; models of a process share one layout"
+            )
+        return _session
+    backend.prepare()
+    if not dist.is_initialized():
+        dist.init_process_group(backend.collectives)
+    layout.check_world_size(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        create_gloo_process_groups=True,
+    )
+    _session = _describe(layout, backend)
+    return _session
+
+
+def _describe(layout: Layout, backend: Backend) -> Session:
+    """What Megatron's groups say of this rank, and our own groups beside them. Collective."""
+    rank, dp_rank = dist.get_rank(), parallel_state.get_data_parallel_rank()
+    replicas = [
+        [r for r in range(layout.world_size) if layout.coordinates(r).dp == d] for d in range(layout.dp)
+    ]
+    assert rank in replicas[dp_rank], "Megatron orders the ranks as Layout does"
+    groups = [dist.new_group(ranks, backend="gloo") for ranks in replicas]  # each made by all ranks
+    return Session(
+        rank=rank,
+        world_size=layout.world_size,
+        layout=layout,
+        backend=backend,
+        device=backend.device(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=dp_rank,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank() or 0,
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        cp_group=parallel_state.get_context_parallel_group(),
+        amax_group=parallel_state.get_amax_reduction_group(with_context_parallel=True),
+        control=dist.group.WORLD if backend.collectives == "gloo" else dist.new_group(backend="gloo"),
+        replica_group=groups[dp_rank],
+        replica_leader=replicas[dp_rank][0],
+        channel=ControlChannel(rank=rank, store=dist.distributed_c10d._get_default_store()),
+    )
+
+
+def stop() -> None:
+    """Destroy the groups; the process may start others afterwards."""
+    global _session
+    if _session is not None:
+        _session.channel.close()
+    _session = None
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

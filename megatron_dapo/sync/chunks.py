@@ -1,0 +1,61 @@
+"""The tensors of a checkpoint in chunks of bounded size, and which part of each chunk this rank holds.
+
+Publishing and exporting both walk over the weights chunk by chunk, in the order of the checkpoint, the same
+on every rank, so that no process ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_dapo.sync.manifest import Entry
+from megatron_dapo.weights.slices import Shard, Slice
+
+CHUNK_BYTES = 1 << 30
+ALIGNMENT = 64  # bytes; vectorised copies are faster from addresses that are multiples of it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One slice of a Hugging Face tensor and the parameter of this rank that has its values."""
+
+    parameter: torch.Tensor
+    slice: Slice
+
+    def values(self) -> torch.Tensor:
+        return self.parameter.narrow(self.slice.dim, self.slice.start, self.slice.size)
+
+
+def region(tensors: Mapping[str, torch.Tensor], part: Slice) -> torch.Tensor:
+    """View of the elements of the whole tensor that the slice covers."""
+    return tensors[part.hf].narrow(part.dim, part.hf_start, part.size)
+
+
+def cut(shapes: Mapping[str, tuple[int, ...]], item_size: int, chunk_bytes: int) -> list[tuple[Entry, ...]]:
+    """The tensors in their order, in chunks of at most `chunk_bytes`; a tensor that is larger makes a chunk
+    alone.
+    """
+    chunks: list[list[Entry]] = [[]]
+    offset = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * item_size
+        if chunks[-1] and offset + size > chunk_bytes:
+            chunks.append([])
+            offset = 0
+        chunks[-1].append(Entry(name=name, shape=shape, offset=offset))
+        offset += -(-size // ALIGNMENT) * ALIGNMENT
+    return [tuple(chunk) for chunk in chunks]
+
+
+def parts_by_chunk(chunks: Sequence[Sequence[Entry]], shards: Sequence[Shard]) -> list[list[Part]]:
+    """What this rank contributes to each chunk."""
+    number_of = {entry.name: number for number, chunk in enumerate(chunks) for entry in chunk}
+    parts: list[list[Part]] = [[] for _ in chunks]
+    for shard in shards:
+        for part in shard.slices:
+            parts[number_of[part.hf]].append(Part(shard.tensor, part))
+    return parts

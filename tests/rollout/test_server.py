@@ -1,0 +1,275 @@
+"""Starting, watching and ending vLLM servers. Tests that start one of their own take half a minute each, so
+they are few.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+from support.models import TOKEN
+
+from megatron_dapo.config import RolloutConfig
+from megatron_dapo.environment import DIGEST_VARIABLE
+from megatron_dapo.errors import UserError
+from megatron_dapo.rollout import server as server_module
+from megatron_dapo.rollout.client import EngineClient, EngineDied
+from megatron_dapo.rollout.server import EngineServer, EngineStartTimeout
+
+
+def make_server(
+    run_dir: Path, model: str = "model", extra_env: dict[str, str] | None = None, device="cpu", **rollout
+) -> EngineServer:
+    return EngineServer(
+        index=rollout.pop("index", 0),
+        model=model,
+        rollout=RolloutConfig(**rollout),
+        dtype="fp32",
+        max_model_len=128,
+        run_dir=run_dir,
+        token=TOKEN,
+        seed=3,
+        extra_env=extra_env,
+        device=device,
+    )
+
+
+def group_members(group: int) -> list[int]:
+    """Processes of a process group that are not zombies."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            pass
+    return members
+
+
+def wait_until_gone(group: int, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while members := group_members(group):
+        assert time.monotonic() < deadline, (
+            f"still running: {[psutil.Process(pid).cmdline() for pid in members]}"
+        )
+        time.sleep(0.1)
+
+
+def test_torchrun_leaves_no_trace_in_the_environment(monkeypatch, tmp_path):
+    torchrun = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "ROLE_NAME": "x",
+    }
+    torchrun |= {
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_RUN_ID": "b",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }
+    for name, value in (torchrun | {"KEPT": "yes"}).items():
+        monkeypatch.setenv(name, value)
+    environment = make_server(tmp_path, extra_env={"MORE": "1", "OMP_NUM_THREADS": "7"}).environment()
+    assert not torchrun.keys() & environment.keys()
+    assert environment["KEPT"] == "yes"
+    assert (environment["MORE"], environment["OMP_NUM_THREADS"]) == ("1", "7")
+    assert environment["MEGATRON_DAPO_TOKEN"] == TOKEN
+    assert "HF_HUB_OFFLINE" not in environment
+    assert make_server(tmp_path, model=str(tmp_path)).environment()["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_token_is_not_on_the_command_line(tmp_path):
+    server = make_server(tmp_path, extra_args=["--more", "1"])
+    arguments = server.arguments(8000)
+    assert not any(TOKEN in argument for argument in arguments)
+    assert arguments[-2:] == ["--more", "1"]
+    assert "--load-format" not in arguments
+    assert "--load-format" in make_server(tmp_path, extra_env={DIGEST_VARIABLE: "folder"}).arguments(8000)
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "expected"),
+    [(None, 0, "0,1"), (None, 1, "2,3"), ("4,5,6,7", 1, "6,7"), ("GPU-a,GPU-b", 0, "GPU-a,GPU-b")],
+)
+def test_each_engine_has_gpus_of_its_own(monkeypatch, tmp_path, visible, index, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    server = make_server(tmp_path, device="cuda", index=index, tensor_parallel=2)
+    assert server.environment()["CUDA_VISIBLE_DEVICES"] == expected
+    assert "--enforce-eager" not in server.arguments(1)
+
+
+def test_too_few_gpus_is_said_before_the_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(ValueError, match=r"rollout\.engines=2 x rollout\.tensor_parallel=2.*3"):
+        make_server(tmp_path, device="cuda", index=1, engines=2, tensor_parallel=2).environment()
+
+
+def test_a_port_in_use_is_said_before_the_start(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = make_server(tmp_path, index=1, base_port=port - 1)
+        with pytest.raises(
+            ValueError, match=rf"rollout\.base_port={port - 1}: port {port} for engine 1.*null"
+        ):
+            server.start()
+    assert server.pid is None
+
+
+def test_free_ports_are_given_out_once():
+    ports = [server_module._free_port() for _ in range(50)]
+    assert len(set(ports)) == 50
+
+
+def test_before_the_start(tmp_path):
+    server = make_server(tmp_path)
+    with pytest.raises(ValueError, match="start"):
+        _ = server.url
+    server.stop()
+    assert "(empty)" in server.log_tail()
+
+
+def test_only_this_starts_part_of_the_log_is_quoted(tmp_path):
+    server = make_server(tmp_path)
+    server.log_path.parent.mkdir(parents=True)
+    before = "ValueError: of an earlier start\n"
+    server.log_path.write_text(before + "RuntimeError: head_dim=16 is odd\n")
+    server._log_start = len(before)
+    tail = server.log_tail()
+    assert tail.startswith("  | RuntimeError: head_dim=16 is odd\n") and str(server.log_path) in tail
+    assert "earlier" not in tail
+
+
+async def test_no_file_descriptor_left_at_a_start_is_said(tmp_path, monkeypatch):
+    def no_socket(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    server = make_server(tmp_path)
+    monkeypatch.setattr(server, "poll", lambda: None)
+    server._port = 1
+    monkeypatch.setattr(aiohttp.connector.aiohappyeyeballs, "start_connection", no_socket)
+    with pytest.raises(UserError, match="ulimit -n"):
+        await server.wait_healthy(5)
+
+
+async def test_a_server_that_ends_at_its_start_quotes_its_log(tmp_path):
+    server = make_server(tmp_path, model=str(tmp_path), extra_args=["--no-such-flag"])
+    server.start()
+    assert server.poll() is None
+    with pytest.raises(EngineStartTimeout, match=r"rollout\.start_timeout_s"):
+        await server.wait_healthy(0.1)
+    with pytest.raises(EngineDied, match="unrecognized arguments: --no-such-flag") as caught:
+        await server.wait_healthy(120)
+    assert str(tmp_path / "logs" / "engine_0.log") in str(caught.value)
+    assert server.poll() == 2
+    server.stop()
+    assert server.poll() == 0
+
+
+def test_stopping_during_the_start_leaves_nothing(tmp_path, tiny_model):
+    server = make_server(tmp_path, model=str(tiny_model))
+    server.start()
+    group = server.pid
+    time.sleep(3)
+    start = time.monotonic()
+    server.stop()
+    assert time.monotonic() - start < server_module.STOP_GRACE_S + 2
+    wait_until_gone(group, 5)
+
+
+class FakeServer(EngineServer):
+    """A leader that ends on SIGTERM and a helper of its group that ends `delay` seconds later, leaving a
+    file.
+    """
+
+    delay = 0.0
+
+    def arguments(self, port: int) -> list[str]:
+        folder = str(self.log_path.parent)
+        helper = (
+            f"import pathlib, time; time.sleep(1 + {self.delay}); pathlib.Path({folder!r}, 'tidy').touch()"
+        )
+        return [
+            "-c",
+            f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {helper!r}]); "
+            f"time.sleep(100)",
+        ]
+
+
+@pytest.mark.parametrize(("delay", "tidied"), [(0.0, True), (60.0, False)])
+def test_helpers_may_tidy_up_but_not_forever(monkeypatch, tmp_path, delay, tidied):
+    monkeypatch.setattr(server_module, "STOP_GRACE_S", 3.0)
+    monkeypatch.setattr(FakeServer, "delay", delay)
+    server = FakeServer(0, "model", RolloutConfig(), "fp32", 128, tmp_path, TOKEN, 0, device="cpu")
+    server.start()
+    group = server.pid
+    time.sleep(0.5)
+    assert server.poll() is None
+    start = time.monotonic()
+    server.stop()
+    assert time.monotonic() - start < 3.0 + 1.0
+    assert (tmp_path / "logs" / "tidy").exists() == tidied
+    wait_until_gone(group, 1)
+
+
+OWNER = """
+import asyncio, sys, time
+from pathlib import Path
+from megatron_dapo.config import RolloutConfig
+from megatron_dapo.rollout.server import EngineServer
+
+server = EngineServer(0, sys.argv[1], RolloutConfig(), "fp32", 1024, Path(sys.argv[2]), sys.argv[3], 0)
+server.start()
+print(server.pid, server.url, flush=True)
+asyncio.run(server.wait_healthy(300))
+print("healthy", flush=True)
+time.sleep(1000)
+"""
+
+
+async def test_killing_the_trainer_ends_its_servers(tmp_path, tiny_model):
+    """kill -9 of the process that owns a server, while it generates: nothing is left, and the client says so
+    at once.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(OWNER), str(tiny_model), str(tmp_path), TOKEN]
+    owner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert owner.stdout
+    pid, url = (await owner.stdout.readline()).decode().split()
+    try:
+        assert (await owner.stdout.readline()).decode().strip() == "healthy"
+        assert len(group_members(int(pid))) >= 3  # API server, engine core, worker
+        engine = EngineClient(url, TOKEN)
+        generating = asyncio.create_task(
+            engine.generate(
+                [10, 20, 30, 40, 50], n=8, max_tokens=1000, temperature=1e-3, seed=0, weight_version=0
+            )
+        )
+        done, _ = await asyncio.wait([generating], timeout=0.5)
+        assert not done
+        killed_at = time.monotonic()
+        owner.kill()
+        with pytest.raises(EngineDied, match=url):
+            await asyncio.wait_for(generating, 10)
+        assert time.monotonic() - killed_at < 3
+        await engine.close()
+        wait_until_gone(int(pid), 10)
+    finally:
+        for pid_left in group_members(int(pid)):
+            os.kill(pid_left, signal.SIGKILL)

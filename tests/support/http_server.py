@@ -1,0 +1,64 @@
+"""A server that answers as a test says, for the client's faults."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from megatron_dapo.rollout.client import EngineClient
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def choice(**changes) -> dict:
+    """Two tokens, as vLLM answers."""
+    content = [{"token_id": 7, "logprob": -0.5}, {"token_id": 8, "logprob": -1.5}]
+    values = {"index": 0, "token_ids": [7, 8], "finish_reason": "length", "logprobs": {"content": content}}
+    return values | changes
+
+
+def metrics(tokens: int, running: int = 0) -> str:
+    """What vLLM writes of itself, shortened."""
+    labels = '{engine="0",model_name="m"}'
+    return "\n".join(
+        [
+            "# HELP vllm:num_requests_running Number of requests in model execution batches.",
+            f"vllm:num_requests_running{labels} {float(running)}",
+            f"vllm:num_requests_waiting{labels} 1.0",
+            'vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 1.0',
+            f"vllm:prompt_tokens_total{labels} 10.0",
+            f"vllm:generation_tokens_total{labels} {float(tokens)}",
+            f"vllm:request_generation_tokens_sum{labels} 99.0",
+        ]
+    )
+
+
+async def forever(request: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+@asynccontextmanager
+async def serving(client: dict | None = None, **handlers: Handler) -> AsyncIterator[EngineClient]:
+    """A client (with options `client`) of a server with these handlers: generate, metrics, health, reset."""
+    paths = {
+        "generate": ("POST", "/inference/v1/generate"),
+        "metrics": ("GET", "/metrics"),
+        "health": ("GET", "/health"),
+        "reset": ("POST", "/reset_prefix_cache"),
+    }
+    app = web.Application()
+    for name, handler in handlers.items():
+        app.router.add_route(*paths[name], handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    engine = EngineClient(f"http://127.0.0.1:{runner.addresses[0][1]}", "token", **(client or {}))
+    try:
+        yield engine
+    finally:
+        await engine.close()
+        await runner.cleanup()
