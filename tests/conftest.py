@@ -22,6 +22,13 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_llama(tmp_path_factory) -> Path:
+    """The smallest checkpoint there is here, for tests of what a folder must hold. Copy it to change it."""
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    return make_tiny_model(folder, arch="llama", layers=2, hidden=32, heads=4, kv_heads=2, ffn=16)
+
+
+@pytest.fixture(scope="session")
 def server(tiny_model, tmp_path_factory):
     """A running EngineServer of `tiny_model` that writes digests. Tests leave it healthy, with the weights of
     `tiny_model`.

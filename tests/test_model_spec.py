@@ -8,28 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.models import make_tiny_model
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import read_model
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return make_tiny_model(
-        tmp_path_factory.mktemp("hf") / "model",
-        arch="llama",
-        layers=2,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        ffn=16,
-    )
-
-
 @pytest.fixture
-def folder(source, tmp_path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "model"))
+def folder(small_llama, tmp_path) -> Path:
+    return Path(shutil.copytree(small_llama, tmp_path / "model"))
 
 
 def configure(folder: Path, **changes) -> Path:

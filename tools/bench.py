@@ -57,15 +57,8 @@ from megatron_dapo.policy.fp8_rules import token_multiple
 from megatron_dapo.train import launch
 from megatron_dapo.types import Batch, Sample
 
-QWEN32B = Cost.of_model(  # Qwen2.5-32B
-    num_layers=64,
-    hidden_size=5120,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=27648,
-    vocab_size=152064,
-)
+SIZES_32B = {"num_layers": 64, "hidden_size": 5120, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128}
+QWEN32B = Cost.of_model(**SIZES_32B, ffn_size=27648, vocab_size=152064)
 WARM_UP = 2  # first steps: caches, lazily built kernels
 
 

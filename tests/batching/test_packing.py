@@ -19,15 +19,8 @@ from megatron_dapo.batching.packing import Cost, best_fit, deal_out, plan, share
 from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.types import Batch, Sample, Stream
 
-QWEN32B = Cost.of_model(
-    num_layers=64,
-    hidden_size=5120,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=27648,
-    vocab_size=152064,
-)
+SIZES_32B = {"num_layers": 64, "hidden_size": 5120, "num_heads": 40, "num_kv_heads": 8, "head_dim": 128}
+QWEN32B = Cost.of_model(**SIZES_32B, ffn_size=27648, vocab_size=152064)
 TOKENS = Cost()
 
 
@@ -52,13 +45,10 @@ def of_lengths(*lengths: int) -> list[Sample]:
     return [sample(1, length - 1) for length in lengths]
 
 
-SAMPLES = st.lists(
-    st.builds(
-        sample, st.integers(1, 20), st.integers(1, 100), trained=st.booleans(), version=st.integers(0, 1)
-    ),
-    min_size=1,
-    max_size=30,
+ANY_SAMPLE = st.builds(
+    sample, st.integers(1, 20), st.integers(1, 100), trained=st.booleans(), version=st.integers(0, 1)
 )
+SAMPLES = st.lists(ANY_SAMPLE, min_size=1, max_size=30)
 COSTS = st.builds(Cost, st.floats(0.1, 10), st.floats(0, 1))
 
 
@@ -389,9 +379,7 @@ def first_fit(indices: Sequence[int], lengths: Sequence[int]) -> int:
 
 
 def test_samples_as_they_come_would_be_half_as_good():
-    """The baseline: sample i to rank i modulo 128, micro-batches first fit. The slowest rank works half as
-    long again as the mean.
-    """
+    """The baseline: sample i to rank i modulo 128, micro-batches first fit."""
     lengths = draw("lognormal")
     ranks = [range(d, 8192, RANKS) for d in range(RANKS)]
     costs = rank_costs([[rank] for rank in ranks], lengths, QWEN32B)
@@ -400,9 +388,7 @@ def test_samples_as_they_come_would_be_half_as_good():
 
 
 def test_ranks_before_micro_batches_would_need_more_of_them():
-    """The baseline: longest first to the least loaded rank, then first fit inside it. The budgets of a rank
-    are not looked at.
-    """
+    """The baseline: longest first to the least loaded rank, then first fit inside it, whatever the budgets."""
     lengths = draw("uniform")
     ranks: list[list[int]] = [[] for _ in range(RANKS)]
     loads = [0] * RANKS

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from support.models import make_tiny_model
+from support.samples import make_spec
 
 from megatron_dapo.config import Fp8Config, PolicyConfig, RunConfig
 from megatron_dapo.layout import Layout
-from megatron_dapo.model_spec import ModelSpec, read_model
+from megatron_dapo.model_spec import read_model
 from megatron_dapo.policy import fp8_rules, rules
 from megatron_dapo.policy.backend import CPU, GPU
 
@@ -176,8 +177,7 @@ def test_a_gather_needs_the_distributed_optimizer():
         checked(["model.path=tiny", "policy.fp8.param_gather=true", "optimizer.distributed=false"])
 
 
-QWEN = ModelSpec(  # Qwen2.5-0.5B
-    architecture="Qwen2ForCausalLM",
+QWEN = make_spec(  # Qwen2.5-0.5B
     num_layers=24,
     hidden_size=896,
     num_heads=14,
@@ -187,11 +187,6 @@ QWEN = ModelSpec(  # Qwen2.5-0.5B
     vocab_size=151936,
     tied=True,
     qkv_bias=True,
-    norm_eps=1e-6,
-    rope_theta=1e6,
-    rope_factor=None,
-    max_positions=32768,
-    eos_token_ids=(),
 )
 
 

@@ -9,28 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import make_tiny_model
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.weights import hf
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    return make_tiny_model(
-        tmp_path_factory.mktemp("hf") / "model",
-        arch="llama",
-        layers=2,
-        hidden=32,
-        heads=4,
-        kv_heads=2,
-        ffn=16,
-    )
-
-
 @pytest.fixture
-def folder(source, tmp_path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "model"))
+def folder(small_llama, tmp_path) -> Path:
+    return Path(shutil.copytree(small_llama, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "not-a-name", "a/b/c"])
