@@ -388,7 +388,7 @@ def test_samples_as_they_come_would_be_half_as_good():
 
 
 def test_ranks_before_micro_batches_would_need_more_of_them():
-    """The baseline: longest first to the least loaded rank, then first fit inside it, whatever the budgets."""
+    """The baseline: longest first to the least loaded rank, then first fit inside it, whatever budgets."""
     lengths = draw("uniform")
     ranks: list[list[int]] = [[] for _ in range(RANKS)]
     loads = [0] * RANKS
