@@ -92,7 +92,9 @@ def draw(timelines: Sequence[tuple[str, Timeline]], out: Path) -> None:
         for name, colour in PHASE_COLOURS.items():
             spans = [(begin, end - begin) for phase, begin, end in timeline.phases if phase == name]
             axis.broken_barh(spans, (-1.95, 1.9), facecolors=colour, label=name)
-        axis.set(xlabel="simulated seconds", ylabel="engine", title=title, ylim=(-2, len(timeline.levels)))
+        engines = range(0, len(timeline.levels), 1 + len(timeline.levels) // 16)
+        axis.set(xlabel="simulated seconds", title=title, ylim=(-2, len(timeline.levels)))
+        axis.set_yticks([-1, *(i + 0.5 for i in engines)], ["policy", *(f"engine {i}" for i in engines)])
         axis.legend(loc="upper right", fontsize="small")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.tmp")

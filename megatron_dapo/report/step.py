@@ -12,7 +12,7 @@ from megatron_dapo.metrics import flatten
 from megatron_dapo.types import Batch, Collected, StepResult
 
 COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window")
-COUNTS += ("carried", "carried_over", "expired", "surplus_dropped", "aborted")
+COUNTS += ("carried", "carried_over", "left_running", "surplus_dropped", "aborted", "overdue")
 STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
 # Public names of what the policy and the objectives measure; a metric that is not here is reported as
 # objective/<its name>.

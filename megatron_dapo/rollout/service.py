@@ -271,6 +271,7 @@ class RolloutService:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        await self.collector.stop()
         await self.fleet.close()
         await asyncio.get_running_loop().shutdown_default_executor()
 

@@ -145,18 +145,7 @@ class Simulation:
             )
             for index in range(engines)
         ]
-        replicas = [
-            Replica(name=f"engine_{engine.index}", server=SimulatedServer(engine)) for engine in self.engines
-        ]
-        self.fleet = Fleet(
-            config.rollout,
-            replicas,
-            lambda server: SimulatedClient(
-                server.engine, self.stream.outcome, self.ledger.lost, config.rollout.max_tokens
-            ),
-            message=message,
-            clock=lambda: asyncio.get_running_loop().time(),
-        )
+        self.fleet = self._make_fleet(message)
         self.sampler = GroupSampler(
             generate=self.fleet.generate,
             grade=self._grade,
@@ -176,6 +165,20 @@ class Simulation:
         self._trained_by_row: Counter[int] = Counter()
         self._peak_bytes = self._peak_tokens = 0
         self._cpu_s = 0.0
+
+    def _make_fleet(self, message: Callable[[str], None]) -> Fleet:
+        replicas = [
+            Replica(name=f"engine_{engine.index}", server=SimulatedServer(engine)) for engine in self.engines
+        ]
+        return Fleet(
+            config.rollout,
+            replicas,
+            lambda server: SimulatedClient(
+                server.engine, self.stream.outcome, self.ledger.lost, config.rollout.max_tokens
+            ),
+            message=message,
+            clock=lambda: asyncio.get_running_loop().time(),
+        )
 
     async def run(self) -> None:
         """Start the engines, push the first weights, then make the steps. The clock of the results begins

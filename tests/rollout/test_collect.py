@@ -12,6 +12,7 @@ from support.collecting import (
     RIGHT,
     WRONG,
     Sampler,
+    believe,
     collect,
     informative_prefix,
     make,
@@ -99,11 +100,11 @@ async def test_in_rounds_nothing_at_all_depends_on_timing(script, max_age):
 
 
 async def test_requests_run_ahead_by_the_pass_rate():
-    """Hand-computed: after 10 all-wrong groups the pass rate is 0.9^10 = 0.3487; 3 missing groups need ceil(3
-    / 0.3487) = 9.
+    """Hand-computed: 9 prompts at pass rate 1/2 give 4.5 informative groups, with standard deviation 1.5: one
+    below the mean are the 3 that are needed. With 8 it would be 4 - 1.41.
     """
     collector, sampler = make([WRONG] * 10, max_prompts=100)
-    collector.load_state(collector.state() | {"pass_rate": 0.9**10})
+    believe(collector, 0.5)
     sampler.held = set(range(100))
     task = asyncio.ensure_future(collector.collect(0))
     for _ in range(20):
@@ -144,80 +145,94 @@ async def test_progress_counts_the_accepted_in_order():
     assert all(done in (0, 3) for done, _ in seen)  # 0 comes last, and the other two do not count before it
 
 
-# --- surplus: aborted, carried over, dropped --------------------------------------------
+# --- what lies behind the K-th accepted group ---------------------------------------------
 
 
-async def test_aborted_prompts_come_first_in_the_next_step_in_order():
-    collector, sampler = make([WRONG, MIXED, MIXED, MIXED])
-    collector.load_state(collector.state() | {"pass_rate": 0.5})  # 6 prompts go out for 3 groups
-    sampler.held = {4, 5}
-    first = await collect(collector, sampler)
-    assert positions(first.groups) == [1, 2, 3]
-    assert sampler.cancelled and first.counts["aborted"] == len(sampler.cancelled)
-    aborted = sorted(sampler.cancelled)
-    assert positions_of_state(collector) == aborted and aborted[:2] == [4, 5]
-
-    sampler.held, sampler.started = set(), []
-    second = await collect(collector, sampler, 1)
-    assert sampler.started[: len(aborted)] == aborted
-    assert positions(second.groups) == [4, 5, 6]
-
-
-async def surplus(max_age: int, **config) -> tuple[Collector, Sampler, Collected]:
-    """A step that accepts 0, 1, 2 and has 3, 4, 5 finished too, all informative but 4."""
-    collector, sampler = make([MIXED] * 4 + [WRONG], one_round_at_a_time=True, max_age=max_age, **config)
-    collector.load_state(collector.state() | {"pass_rate": 0.5})
+async def behind(**config) -> tuple[Collector, Sampler, Collected]:
+    """A step of version 10 that accepts 0, 1, 2. Behind them 3 and 5 are finished and informative, 4 and 6
+    finished and not, 7 and 8 run.
+    """
+    collector, sampler = make([MIXED] * 4 + [WRONG, MIXED, RIGHT], **config)
+    believe(collector, 0.5)  # 9 prompts go out for 3 groups
+    sampler.delays = {0: 20}
+    sampler.held = {7, 8}
     collected = await collect(collector, sampler, 10)
     assert positions(collected.groups) == [0, 1, 2]
-    assert sampler.finished == [0, 1, 2, 3, 4, 5]
+    assert sorted(sampler.finished) == [0, 1, 2, 3, 4, 5, 6]
+    sampler.held, sampler.started = set(), []
     return collector, sampler, collected
 
 
-async def test_on_policy_drops_the_surplus_counts_it_and_asks_again():
-    collector, sampler, collected = await surplus(0)
-    assert collected.counts["surplus_dropped"] == 2 and collected.counts["all_wrong"] == 1
-    assert collector.state()["carried"] == [] and positions_of_state(collector) == [3, 5]
-    sampler.started = []
+async def test_strict_all_of_it_is_put_back_and_sampled_anew_whatever_its_verdict():
+    collector, sampler, first = await behind(max_age=0)
+    assert sorted(sampler.cancelled) == [7, 8] and first.counts["aborted"] == 2
+    assert first.counts["surplus_dropped"] == 4
+    assert not first.counts.keys() & {"all_correct", "all_wrong"}  # they were not reached
+    assert collector.state()["carried"] == [] and positions_of_state(collector) == [3, 4, 5, 6, 7, 8]
+    sampler.stream.correct[4] = MIXED  # the next policy can do it
     second = await collect(collector, sampler, 11)
-    assert sampler.started[:2] == [3, 5]
-    assert positions(second.groups) == [3, 5, 6]
+    assert sampler.started[:3] == [3, 4, 5]
+    assert positions(second.groups) == [3, 4, 5]
     assert {group.weight_version for group in second.groups} == {11}
 
 
-async def test_surplus_is_carried_with_its_version_and_trained_first():
-    collector, sampler, collected = await surplus(1)
-    assert collected.counts["carried_over"] == 2
-    assert positions(collector.state()["carried"]) == [3, 5] and positions_of_state(collector) == []
-    sampler.started = []
+async def test_aged_all_of_it_stays_and_running_requests_go_on():
+    collector, sampler, first = await behind(max_age=1)
+    assert sampler.cancelled == [] and first.counts["left_running"] == 2
+    assert first.counts["carried_over"] == 4
+    assert positions(collector.state()["carried"]) == [3, 4, 5, 6] and positions_of_state(collector) == [7, 8]
+    sampler.stream.correct[4] = MIXED  # too late: the group of version 10 keeps its verdict
+    await collector.stop()
     second = await collect(collector, sampler, 11)
-    assert second.counts["carried"] == 2
-    assert positions(second.groups) == [3, 5, 6]
+    assert positions(second.groups) == [3, 5, 7]
     assert [group.weight_version for group in second.groups] == [10, 10, 11]
-    assert 3 not in sampler.started and 5 not in sampler.started
-    assert positions(second.sampled) == sorted(
-        sampler.started
-    )  # carried groups were counted when they were sampled
+    assert sampler.started == [7, 8] + list(range(9, 9 + len(sampler.started) - 2))
+    counts = second.counts
+    assert (counts["carried"], counts["all_wrong"], counts["all_correct"]) == (4, 1, 1)
+    assert counts["overdue"] == 0
 
 
-@pytest.mark.parametrize(
-    ("max_age", "age", "expires"), [(1, 1, False), (1, 2, True), (2, 2, False), (2, 3, True)]
-)
-async def test_carried_groups_expire_by_their_age_in_steps(max_age, age, expires):
-    collector, sampler, _ = await surplus(max_age)
-    sampler.started = []
+async def test_aged_a_request_that_outlives_its_step_is_trained_with_the_version_that_sampled_it():
+    collector, sampler = make(max_age=1)
+    believe(collector, 0.5)
+    sampler.delays = {4: 100}
+    await collect(collector, sampler, 10)
+    assert sampler.running == 1
+    second = await collect(collector, sampler, 11)
+    assert positions(second.groups) == [3, 4, 5] and sampler.started.count(4) == 1
+    assert [group.weight_version for group in second.groups] == [10, 10, 10]
+    assert second.counts["carried"] == 5 and 4 in positions(second.sampled)
+
+
+@pytest.mark.parametrize(("max_age", "age", "overdue"), [(1, 1, 0), (1, 2, 2), (2, 2, 0), (2, 3, 2)])
+async def test_nothing_is_dropped_for_its_age(max_age, age, overdue):
+    collector, sampler, _ = await behind(max_age=max_age)
+    await collector.stop()
     second = await collect(collector, sampler, 10 + age)
-    assert second.counts.get("expired", 0) == (2 if expires else 0)
-    assert second.counts.get("carried", 0) == (0 if expires else 2)
-    assert positions(second.groups) == [3, 5, 6]  # sampled anew, in their old place
-    assert [group.weight_version for group in second.groups[:2]] == [10 + age if expires else 10] * 2
-    assert (3 in sampler.started) == expires
+    assert positions(second.groups) == [3, 5, 7]
+    assert [group.weight_version for group in second.groups[:2]] == [10, 10]
+    assert second.counts["overdue"] >= overdue and (second.counts["overdue"] == 0) == (overdue == 0)
+
+
+async def test_requests_are_admitted_only_if_they_are_consumed_within_max_age_steps():
+    """Hand-computed: K = 3 and max_age 1 allow 6 informative groups, at pass rate 1/2 of 12 prompts."""
+    collector, sampler = make([MIXED, WRONG] * 50, max_age=1, max_prompts=100)
+    collector.run_ahead = 1000
+    believe(collector, 0.5)
+    sampler.held = set(range(100))
+    task = asyncio.ensure_future(collector.collect(0))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert sampler.started == list(range(12))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_carried_group_waits_for_the_prompts_before_it():
     """4 was aborted, 5 is finished and carried: 5 may only be accepted after 4 is known."""
     collector, sampler = make(max_age=1)
     waiting, carried = [make_prompt(4)], [make_group(make_prompt(p), MIXED) for p in (5, 6, 7, 8)]
-    collector.load_state({"waiting": waiting, "carried": carried, "pass_rate": 1.0})
+    collector.load_state({"waiting": waiting, "carried": carried, "verdicts": (9e5, 9e5)})
     sampler.stream.position = 9
     sampler.delays = {4: 50}
     collected = await collect(collector, sampler, 1)
@@ -229,7 +244,7 @@ async def test_a_carried_group_waits_for_the_prompts_before_it():
 async def test_enough_carried_groups_need_no_request():
     collector, sampler = make(max_age=1)
     carried = [make_group(make_prompt(p), MIXED) for p in range(4)]
-    collector.load_state({"waiting": [], "carried": carried, "pass_rate": 1.0})
+    collector.load_state({"waiting": [], "carried": carried, "verdicts": (9e5, 9e5)})
     collected = await collect(collector, sampler, 1)
     assert positions(collected.groups) == [0, 1, 2] and sampler.started == []
     assert positions(collector.state()["carried"]) == [3]

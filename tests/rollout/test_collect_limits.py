@@ -11,6 +11,7 @@ from support.collecting import (
     MIXED,
     RIGHT,
     WRONG,
+    believe,
     collect,
     make,
     positions,
@@ -67,7 +68,7 @@ async def test_a_smaller_batch_keeps_informative_groups_behind_a_gap():
     collector, sampler = make([MIXED, WRONG, WRONG], max_prompts=3, on_cap="train_smaller_batch", max_age=2)
     carried = [make_group(make_prompt(4), MIXED)]
     collector.load_state(
-        {"waiting": [make_prompt(p) for p in range(4)], "carried": carried, "pass_rate": 1.0}
+        {"waiting": [make_prompt(p) for p in range(4)], "carried": carried, "verdicts": (9e5, 9e5)}
     )
     sampler.stream.position = 5
     first = await collect(collector, sampler, 1)
@@ -122,7 +123,7 @@ async def test_the_end_of_the_data_gives_a_smaller_last_batch(one_round_at_a_tim
 
 async def test_carried_groups_are_trained_before_the_run_ends():
     collector, sampler = make(length=6, one_round_at_a_time=True, max_age=1)
-    collector.load_state(collector.state() | {"pass_rate": 0.3})
+    believe(collector, 0.3)
     first = await collect(collector, sampler)
     assert (
         positions(first.groups) == [0, 1, 2] and not first.exhausted
@@ -289,9 +290,9 @@ async def test_random_runs_keep_the_balance(seed):
             except EngineDied:
                 errors.pop()
         trained += positions(collected.groups)
-        assert all(step - group.weight_version <= collector.config.max_age for group in collected.groups)
-        counts = collected.counts
-        assert counts.get("carried", 0) + counts.get("expired", 0) == balance
+        counts, max_age = collected.counts, collector.config.max_age
+        assert counts["overdue"] == sum(step - group.weight_version > max_age for group in collected.groups)
+        assert counts.get("carried", 0) == balance
         balance = counts.get("carried_over", 0)
         settled |= {*positions(collected.groups), *positions(collected.sampled)}
         left = {*positions(collector.state()["carried"]), *positions_of_state(collector)}

@@ -86,11 +86,12 @@ def make(
 
 
 async def collect(collector: Collector, sampler: Sampler, version: int = 0) -> Collected:
-    """One step; a collector that hangs or spins fails the test, and nothing may be left running behind it."""
+    """One step; a collector that hangs or spins fails the test. Strict, nothing may be left running behind it."""
     sampler.version = version
     async with asyncio.timeout(5):
         collected = await collector.collect(version)
-    assert sampler.running == 0
+    left = collected.counts.get("left_running", 0)
+    assert sampler.running <= left and (left == 0 or collector.config.max_age > 0)
     check_conservation(collected)
     return collected
 
@@ -108,7 +109,7 @@ def check_conservation(collected: Collected) -> None:
         "carried_over",
         "surplus_dropped",
     )
-    known = {"groups_sampled", "carried", "expired", "aborted", *reasons}
+    known = {"groups_sampled", "carried", "left_running", "aborted", "overdue", *reasons}
     assert counts.keys() <= known, f"count without a place in the balance: {counts.keys() - known}"
     came = counts.get("groups_sampled", 0) + counts.get("carried", 0)
     assert came == sum(counts.get(reason, 0) for reason in reasons), counts
@@ -124,3 +125,8 @@ def informative_prefix(stream: Stream, start: int, number: int) -> list[int]:
 
 def positions_of_state(collector: Collector) -> list[int]:
     return [prompt.position for prompt in collector.state()["waiting"]]
+
+
+def believe(collector: Collector, rate: float) -> None:
+    """Make the collector sure of a pass rate, as after a million verdicts."""
+    collector.load_state(collector.state() | {"verdicts": (rate * 1e6, 1e6)})
