@@ -171,10 +171,10 @@ class Simulation:
             Replica(name=f"engine_{engine.index}", server=SimulatedServer(engine)) for engine in self.engines
         ]
         return Fleet(
-            config.rollout,
+            self.config.rollout,
             replicas,
             lambda server: SimulatedClient(
-                server.engine, self.stream.outcome, self.ledger.lost, config.rollout.max_tokens
+                server.engine, self.stream.outcome, self.ledger.lost, self.config.rollout.max_tokens
             ),
             message=message,
             clock=lambda: asyncio.get_running_loop().time(),
