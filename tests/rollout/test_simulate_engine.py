@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -194,3 +195,22 @@ def test_the_load_is_the_servers_word_of_up_to_a_second_ago_and_what_was_sent_si
         await asyncio.gather(*calls)
 
     in_loop(main)
+
+
+def test_the_caches_counter_is_the_sum_over_the_running_sequences():
+    generator = random.Random(5)
+    engine = make_engine({1: 10, 8: 40}, kv_tokens=90, prefill_tokens_per_second=500, max_running=6)
+
+    async def main() -> None:
+        calls = []
+        for _ in range(60):
+            calls.append(engine.submit(3, [generator.randint(1, 30), generator.randint(1, 30)]))
+            await asyncio.sleep(generator.random() * 2)
+            engine.set_phase("rollout")  # counters are brought to now
+            contexts = [3 + engine._made(sequence) for sequence in engine._running]
+            assert engine._used() == pytest.approx(sum(contexts), abs=1e-6)
+            assert sum(contexts) <= 90 + 1e-6
+        await asyncio.gather(*(call.done for call in calls))
+
+    in_loop(main)
+    assert engine.preemptions > 5
