@@ -163,7 +163,7 @@ class RolloutConfig(Section):
 
 class SamplingConfig(Section):
     prompts_per_step: PositiveInt = Field(
-        default=512, description="K: informative groups each step trains on."
+        default=512, description="K: a step trains on the first K informative groups of the stream."
     )
     samples_per_prompt: int = Field(default=16, ge=2, description="G: completions of each prompt.")
     dynamic: bool = Field(default=True, description="Dynamic sampling; false accepts every group.")
@@ -183,7 +183,10 @@ class SamplingConfig(Section):
         default="error", description="What to do when max_prompts is reached."
     )
     max_age: int = Field(
-        default=1, ge=0, description="Steps a finished surplus group may wait; 0 is strictly on-policy."
+        default=1,
+        ge=0,
+        description="0, strict: what lies behind the K-th informative group is sampled anew by the next "
+        "policy. a >= 1, aged: it stays, and no prompt is launched to be trained on more than a steps later.",
     )
 
     @property

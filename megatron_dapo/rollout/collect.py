@@ -1,8 +1,8 @@
 """Dynamic sampling: the batch is the first K informative groups of the prompt stream, in its order, as if
 prompts were sampled one after another (docs/rollouts.md).
 
-Requests run ahead of need, and finish in any order. What lies behind the K-th accepted group is treated alike,
-whatever its verdict and whether it has finished, so that being short or easy gains nothing:
+Requests run ahead of need, and finish in any order. What lies behind the K-th accepted group is treated
+alike, whatever its verdict and whether it has finished, so that being short or easy gains nothing:
 
 - `sampling.max_age=0` (strict): all of it is put back, and sampled anew by the next policy.
 - `sampling.max_age>=1` (aged): all of it stays at its place in the stream. Finished groups are kept, running
@@ -69,6 +69,7 @@ class Collector:
     _version: int = -1  # of the newest step that was begun
     _opened_with: dict[str, Any] | None = None  # `state` at the beginning of a step that is not finished
     _exhausted: bool = False
+    _cut_off: bool = False  # requests were given up between two steps
     # Of the running step:
     _counts: Counter[str] = field(default_factory=Counter)
     _window: Window = field(default_factory=Window)
@@ -119,19 +120,21 @@ class Collector:
     async def stop(self) -> None:
         """Give up the requests that run; finished groups stay. The next `collect` makes them again."""
         self._again = await self._abort(self._slots)
+        self._cut_off = self._opened_with is None and bool(self._again)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: kept groups, prompts to sample again, the verdicts of recent steps.
 
         A step that was begun and given up counts as not begun. Between two steps, requests that began after
         the last weight push may be running: their prompts are sampled again, and so are those of them that
-        have finished, for the short ones finish first.
+        have finished, for the short ones finish first. For the same reason nothing is kept when requests were
+        given up between two steps.
         """
         if self._opened_with is not None:
             kept, rate = self._opened_with["carried"], self._opened_with["verdicts"]
         else:
             groups = [slot.group for slot in self._slots if slot.group is not None]
-            kept = [group for group in groups if group.weight_version <= self._version]
+            kept = [group for group in groups if group.weight_version <= self._version and not self._cut_off]
             rate = self._pass_rate.informative, self._pass_rate.finished
         positions = {group.prompt.position for group in kept}
         waiting = [slot.prompt for slot in self._slots if slot.prompt.position not in positions]
@@ -139,18 +142,16 @@ class Collector:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`; nothing may be running."""
-        kept = [
-            _Slot(group.prompt, admitted=True, group=group, reported=True) for group in state["carried"]
-        ]
+        kept = [_Slot(group.prompt, admitted=True, group=group, reported=True) for group in state["carried"]]
         slots = [*kept, *(_Slot(prompt) for prompt in state["waiting"])]
         self._slots = sorted(slots, key=lambda slot: slot.prompt.position)
         self._pass_rate = PassRate(*state["verdicts"])
         self._version = max((group.weight_version for group in state["carried"]), default=-1)
-        self._opened_with, self._again = None, []
+        self._opened_with, self._again, self._cut_off = None, [], False
 
     def _open_step(self, weight_version: int) -> None:
         self._opened_with = self.state()
-        self._version = weight_version
+        self._version, self._cut_off = weight_version, False
         self._window = Window(low=self.config.low, high=self.config.high, inclusive=self.config.inclusive)
         self._counts, self._accepted = Counter(), []
         self._known = self._next = self._last = self._launched = self._informative = self._finished = 0
@@ -187,8 +188,8 @@ class Collector:
         return min(self.run_ahead, self.config.max_age * self.config.prompts_per_step)
 
     def _rate(self) -> float:
-        """The pass rate to launch by: of earlier steps, and of what is known of this one in stream order. (What
-        has finished behind that is no fair sample: short groups finish first.)
+        """The pass rate to launch by: of earlier steps, and of what is known of this one in stream order.
+        (What has finished behind that is no fair sample: short groups finish first.)
         """
         if not self.config.dynamic:
             return 1.0

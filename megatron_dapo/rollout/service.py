@@ -181,7 +181,12 @@ class RolloutService:
             self.resume()
 
     def pause(self) -> None:
-        """Send no more requests; return when none is in flight on any replica."""
+        """Send no more requests; return when none is in flight on any replica. With sampling.max_age >= 1
+        that takes as long as the longest request that the last step left running; after `interrupt` those
+        are given up.
+        """
+        if self._stopping:
+            self._run(self.collector.stop())
         self._run(self.fleet.pause())
 
     def resume(self) -> None:

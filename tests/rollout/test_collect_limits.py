@@ -11,6 +11,7 @@ from support.collecting import (
     MIXED,
     RIGHT,
     WRONG,
+    Sampler,
     believe,
     collect,
     make,
@@ -20,7 +21,7 @@ from support.collecting import (
 from support.samples import make_group, make_prompt
 
 from megatron_dapo.rollout.client import EngineDied
-from megatron_dapo.rollout.collect import SamplingCapReached
+from megatron_dapo.rollout.collect import Collector, SamplingCapReached, _Slot
 
 # --- caps, windows and the end of the data ----------------------------------------------
 
@@ -257,6 +258,39 @@ async def test_a_step_given_up_on_a_signal_is_not_begun(max_age, ticks):
     collector.load_state(state)
     sampler.stream.position = cursor
     assert [await collect(collector, sampler, step) for step in (3, 4)] == expected
+
+
+async def aged_with_some_left_running() -> tuple[Collector, Sampler]:
+    """After step 5: 3 and 5 are finished and kept, 4, 6, 7 and 8 run under version 5."""
+    collector, sampler = make(max_age=1)
+    believe(collector, 0.5)  # 9 go out for 3
+    sampler.delays = {0: 5, 3: 1, 5: 1} | {position: 20 for position in (4, 6, 7, 8)}
+    await collect(collector, sampler, 5)
+    assert positions(collector.state()["carried"]) == [3, 5]
+    return collector, sampler
+
+
+async def test_a_checkpoint_keeps_no_group_of_requests_that_the_last_push_cut_in_two():
+    """4 to 8 finish before the push and are kept, long or short. 9 begins after it and finishes, 10 begins
+    and runs: to keep 9 alone would favour short responses.
+    """
+    collector, sampler = await aged_with_some_left_running()
+    for _ in range(25):
+        await asyncio.sleep(0)
+    collector._take_finished()
+    assert positions(collector.state()["carried"]) == [3, 4, 5, 6, 7, 8]
+    collector._slots += [late := _Slot(make_prompt(9), admitted=True), _Slot(make_prompt(10), admitted=True)]
+    late.group = make_group(make_prompt(9), MIXED, version=6)
+    state = collector.state()
+    assert positions(state["carried"]) == [3, 4, 5, 6, 7, 8]
+    assert [prompt.position for prompt in state["waiting"]] == [9, 10]
+
+
+async def test_a_stop_between_two_steps_keeps_nothing_rather_than_the_short_ones():
+    collector, sampler = await aged_with_some_left_running()
+    await collector.stop()
+    assert sampler.running == 0 and sorted(sampler.cancelled) == [4, 6, 7, 8]
+    assert collector.state()["carried"] == [] and positions_of_state(collector) == [3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -60,7 +60,7 @@ def test_the_old_collector_does_not_give_the_sequential_batches(max_age):
 # --- shares and lengths -------------------------------------------------------------------
 
 STEPS, K = 60, 32
-# max_age, run_ahead, believed pass rate (of 0.55): strict and aged, with twice the need launched, or two steps more
+# max_age, run_ahead, believed pass rate (0.55 in truth): twice the need is launched, or two steps more
 STRICT, AGED, FAR_AHEAD = (0, 0, 0.27), (1, 0, 0.27), (2, 2 * K, 0.5)
 
 

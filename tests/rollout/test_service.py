@@ -58,6 +58,41 @@ def test_a_step_needs_the_version_that_it_asks_for(services):
     assert {group.weight_version for group in service.next_step(1).groups} == {1}
 
 
+# --- requests that outlive their step (sampling.max_age >= 1)
+
+
+def aged_service(services, held: set[int]) -> tuple[Service, Engines]:
+    """After step 0 on prompts 0, 1, 2; 3, 4 and 5 were sent too."""
+    engines = Engines(prepare=lambda client: setattr(client, "held", held))
+    service = services(engines, max_age=1)
+    service.collector.one_round_at_a_time, service.collector.run_ahead = False, 3
+    assert positions(service.next_step(0).groups) == [0, 1, 2]
+    return service, engines
+
+
+def test_a_push_waits_for_requests_that_the_step_left_running(services):
+    held = {4}
+    service, engines = aged_service(services, held)
+    timer = threading.Timer(0.1, held.clear)
+    timer.start()
+    service.push(1)
+    timer.join()
+    assert 4 in engines.client(0).finished and engines.client(0).started.count(4) == 1
+    second = service.next_step(1)
+    assert positions(second.groups) == [3, 4, 5]
+    assert {group.weight_version for group in second.groups} == {0}
+
+
+def test_after_a_signal_nobody_waits_for_them_and_a_checkpoint_favours_none(services):
+    service, engines = aged_service(services, {4})
+    wait_until(lambda: {3, 5} <= set(engines.client(0).finished))
+    service.interrupt()
+    service.push(1)  # the update that ran when the signal came
+    assert engines.client(0).running == 0
+    state = service.state()
+    assert state["carried"] == [] and positions_of(state["waiting"]) == [3, 4, 5]
+
+
 # --- signals
 
 

@@ -86,7 +86,7 @@ def make(
 
 
 async def collect(collector: Collector, sampler: Sampler, version: int = 0) -> Collected:
-    """One step; a collector that hangs or spins fails the test. Strict, nothing may be left running behind it."""
+    """One step; a collector that hangs or spins fails the test. Strict, it may leave nothing running."""
     sampler.version = version
     async with asyncio.timeout(5):
         collected = await collector.collect(version)

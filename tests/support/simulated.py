@@ -1,5 +1,5 @@
-"""A simulated engine for the collector: outcomes are a function of (prompt, weight version), time is counted in
-ticks of the event loop. And what sampling one prompt after another gives on the same outcomes.
+"""A simulated engine for the collector: outcomes are a function of (prompt, weight version), time is counted
+in ticks of the event loop. And what sampling one prompt after another gives on the same outcomes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_dapo.config import SamplingConfig
 from megatron_dapo.rollout.collect import Collector
 from megatron_dapo.rollout.need import PassRate
 from megatron_dapo.types import Collected, Group, Prompt
-from support.collecting import G, MIXED, RIGHT, WRONG, Stream, check_conservation
+from support.collecting import MIXED, RIGHT, WRONG, G, Stream, check_conservation
 from support.samples import make_group
 
 
@@ -34,9 +34,11 @@ class Outcome:
 Outcomes = Callable[[int, int], Outcome]  # of (position, weight version)
 
 
-def outcomes(seed: object, *, pass_rates: tuple[float, float], longer: float = 1.0, ticks: int = 8) -> Outcomes:
-    """Half the prompts are hard and pass at the second rate, half at the first. Durations are uniform with mean
-    `ticks`; `longer` times as long are those of hard prompts, and again those of uninformative groups.
+def outcomes(
+    seed: object, *, pass_rates: tuple[float, float], longer: float = 1.0, ticks: int = 8
+) -> Outcomes:
+    """Half the prompts are hard and pass at the second rate, half at the first. Durations are uniform with
+    mean `ticks`; `longer` times as long are those of hard prompts, and again those of uninformative groups.
     """
 
     def outcome(position: int, version: int) -> Outcome:
@@ -158,8 +160,8 @@ class Simulation:
         return collected
 
     def sequential(self, steps: int) -> tuple[list[list[tuple[int, int]]], list[Counter[str]]]:
-        """What `run` has to give: (position, version) of the batches, and the counts of what was passed over, as
-        if one prompt were sampled after the other.
+        """What `run` has to give: (position, version) of the batches, and the counts of what was passed over,
+        as if one prompt were sampled after the other.
 
         Strict: by the version of the step. Aged: by the version that the engine really sampled each with,
         which must be one.
