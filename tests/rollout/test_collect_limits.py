@@ -286,6 +286,19 @@ async def test_a_checkpoint_keeps_no_group_of_requests_that_the_last_push_cut_in
     assert [prompt.position for prompt in state["waiting"]] == [9, 10]
 
 
+async def test_a_request_that_fails_between_two_steps_is_made_again():
+    collector, sampler = await aged_with_some_left_running()
+    sampler.failures = {4: EngineDied("gone")}
+    for _ in range(25):
+        await asyncio.sleep(0)
+    with pytest.raises(EngineDied):
+        await collect(collector, sampler, 6)
+    collected = await collect(collector, sampler, 6)
+    assert positions(collected.groups) == [3, 4, 5]
+    assert [group.weight_version for group in collected.groups] == [5, 6, 5]
+    assert collected.counts["carried"] == 2 and sampler.started.count(4) == 2
+
+
 async def test_a_stop_between_two_steps_keeps_nothing_rather_than_the_short_ones():
     collector, sampler = await aged_with_some_left_running()
     await collector.stop()
