@@ -141,7 +141,12 @@ class Collector:
         return {"carried": kept, "waiting": waiting, "verdicts": rate}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; nothing may be running."""
+        """Go on from `state`; nothing may be running. UserError for that of an earlier version."""
+        if "verdicts" not in state:
+            raise UserError(
+                "checkpoint.resume: this checkpoint was written by an earlier version, which collected groups "
+                "by another rule; start a new run with another run.dir, or go on with that version"
+            )
         kept = [_Slot(group.prompt, admitted=True, group=group, reported=True) for group in state["carried"]]
         slots = [*kept, *(_Slot(prompt) for prompt in state["waiting"])]
         self._slots = sorted(slots, key=lambda slot: slot.prompt.position)

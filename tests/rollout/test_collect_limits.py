@@ -20,6 +20,7 @@ from support.collecting import (
 )
 from support.samples import make_group, make_prompt
 
+from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.client import EngineDied
 from megatron_dapo.rollout.collect import Collector, SamplingCapReached, _Slot
 
@@ -345,3 +346,9 @@ async def test_random_runs_keep_the_balance(seed):
         left = {*positions(collector.state()["carried"]), *positions_of_state(collector)}
         assert settled | left == set(range(sampler.stream.position)), "a prompt was lost"
     assert len(set(trained)) == len(trained), "a prompt was trained on twice"
+
+
+async def test_the_state_of_an_earlier_version_is_refused_by_name():
+    collector, _ = make()
+    with pytest.raises(UserError, match=r"checkpoint\.resume: .* by an earlier version.*another run\.dir"):
+        collector.load_state({"waiting": [], "carried": [], "pass_rate": 1.0})
