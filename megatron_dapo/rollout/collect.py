@@ -144,7 +144,7 @@ class Collector:
         """Go on from `state`; nothing may be running. UserError for that of an earlier version."""
         if "verdicts" not in state:
             raise UserError(
-                "checkpoint.resume: this checkpoint was written by an earlier version, which collected groups "
+                "checkpoint.resume: this checkpoint was written by an earlier version, which collects "
                 "by another rule; start a new run with another run.dir, or go on with that version"
             )
         kept = [_Slot(group.prompt, admitted=True, group=group, reported=True) for group in state["carried"]]
