@@ -130,11 +130,8 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
 
 
 def run_rank(config: RunConfig) -> int:
-    """One rank, inside torchrun's environment. It dies with its parent."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    """One rank, inside torchrun's environment. It dies with its parent, and what it forks with it."""
+    die_with_parent(os.getppid())
     for sign in (signal.SIGTERM, signal.SIGINT):  # until there is something to save; then the Trainer decides
         signal.signal(sign, lambda *_: os._exit(0))
     import warnings
@@ -160,6 +157,24 @@ def run_rank(config: RunConfig) -> int:
         return 1  # the rank that ended first has said why
     session.stop()
     return 0
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGKILL when process `parent` ends, for this process and for every child it forks.
+
+    Megatron forks a writer for each checkpoint; one whose rank was killed would wait for it for ever.
+    """
+    _die_with(parent)
+    forking = {"pid": 0}
+    os.register_at_fork(
+        before=lambda: forking.update(pid=os.getpid()), after_in_child=lambda: _die_with(forking["pid"])
+    )
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def prepare_device(config: RunConfig) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from support.models import make_tiny_model
 
@@ -194,3 +196,31 @@ def test_the_api_takes_keys_of_a_section_inside_a_section():
     trainer = DAPOTrainer("model", overrides={"policy.fp8.recipe": "delayed", "policy.recompute": "full"})
     assert trainer.config.policy.fp8 is not None and trainer.config.policy.fp8.recipe == "delayed"
     assert trainer.config.policy.recompute == "full"
+
+
+FORKING_RANK = """
+import os, time
+from megatron_dapo.train import die_with_parent
+die_with_parent(os.getppid())
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_rank_has_forked_ends_with_it():
+    """Megatron forks a writer for each checkpoint: it would wait for ever for a rank that was killed."""
+    rank = subprocess.Popen([sys.executable, "-c", FORKING_RANK], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout
+    child = psutil.Process(int(rank.stdout.readline()))
+    rank.kill()
+    rank.wait()
+    rank.stdout.close()
+    try:
+        child.wait(5)
+    except psutil.TimeoutExpired:
+        child.kill()
+        raise

@@ -22,7 +22,7 @@ from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.client import EngineClient, file_descriptors_needed
 from megatron_dapo.rollout.collect import Collector, Prompts
 from megatron_dapo.rollout.files import raise_file_limit
-from megatron_dapo.rollout.fleet import Fleet
+from megatron_dapo.rollout.fleet import ENGINE_ERRORS, EngineFailure, Fleet
 from megatron_dapo.rollout.replica import Replica
 from megatron_dapo.rollout.sample import EvaluationSampling, Grade, GroupSampler
 from megatron_dapo.rollout.server import EngineServer, digest_folder, make_server
@@ -215,15 +215,26 @@ class RolloutService:
     def load_once(self, export: Path) -> Path:
         """Start a server on an exported checkpoint and stop it again. With run.verify_sync it has written
         digests of what it loaded into `fresh` of the folder that this returns, beside those of the engines.
+        EngineFailure when it does not start.
         """
-        server = make_server(self._config, len(self.fleet.replicas), export, self._token, digests="fresh")
+        index = len(self.fleet.replicas)
 
         async def load() -> None:
-            server.start()
-            try:
-                await server.wait_healthy(self._config.rollout.start_timeout_s)
-            finally:
-                await asyncio.to_thread(server.stop)
+            failure: BaseException | None = None
+            for _ in range(
+                2
+            ):  # a port that was free may be taken before the server has it; a new one is chosen
+                server = make_server(self._config, index, export, self._token, digests="fresh")
+                server.start()
+                try:
+                    return await server.wait_healthy(self._config.rollout.start_timeout_s)
+                except ENGINE_ERRORS as error:
+                    failure = error
+                finally:
+                    await asyncio.to_thread(server.stop)
+            raise EngineFailure(
+                f"the server that was to verify the weights did not start: {failure}"
+            ) from failure
 
         self._run(load())
         return digest_folder(self._config)

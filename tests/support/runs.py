@@ -20,7 +20,8 @@ import psutil
 
 TESTS = Path(__file__).parents[1]
 STEPS = 5  # of the undisturbed run that the others are compared with
-NOT_COMPARED = ("time/", "memory/", "eval/")
+# request_failures says that there was a disturbance, which is what nothing else may say
+NOT_COMPARED = ("time/", "memory/", "eval/", "sampling/request_failures")
 MARK = "MEGATRON_DAPO_TEST_RUN"  # in the environment of a run and of everything it starts
 VERIFIERS = """
 import json, os, time
