@@ -86,12 +86,7 @@ def make_micro_batch(
     tokens_T[real_T] = batch.tokens_T[source_T[real_T]].long()
     bounds = torch.tensor([0, *itertools.accumulate(sequences)], dtype=torch.int32)
     mine_T = zigzag(bounds.tolist(), layout.cp, cp_rank)  # packed tokens that this rank holds
-    here_T = torch.full_like(source_T, -1)  # row of each packed token on this rank, -1: on another
-    here_T[mine_T] = torch.arange(len(mine_T))
-    trained_T = torch.zeros_like(real_T)
-    trained_T[real_T] = batch.response_mask_T[source_T[real_T]]
-    where_R = trained_T.nonzero().squeeze(1)  # never the first token of a sample
-    where_R = where_R[here_T[where_R - 1] >= 0]
+    where_R, rows_R = _predicted_here(batch, source_T, mine_T)
     flat_R = source_T[where_R]
     ends_N = torch.tensor(batch.lengths, dtype=torch.int64).cumsum(0)
     sample_R = torch.bucketize(flat_R, ends_N, right=True)
@@ -102,7 +97,7 @@ def make_micro_batch(
         bounds=bounds.to(device),
         max_length=max(sequences),
         num_samples=len(sequences),
-        rows_R=here_T[where_R - 1].to(device),
+        rows_R=rows_R.to(device),
         labels_R=tokens_T[where_R].to(device),
         advantages_R=batch.advantages_T[flat_R].to(device),
         streams_R={name: stream_T[flat_R].to(device) for name, stream_T in batch.streams.items()},
@@ -110,6 +105,20 @@ def make_micro_batch(
         samples_R=samples_R.to(device),
         flat_R=flat_R,
     )
+
+
+def _predicted_here(
+    batch: Batch, source_T: torch.Tensor, mine_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which packed tokens are trained on and predicted by a row of this rank, and that row of each."""
+    row_T = torch.full_like(source_T, -1)  # of each packed token on this rank, -1: on another
+    row_T[mine_T] = torch.arange(len(mine_T))
+    real_T = source_T >= 0
+    trained_T = torch.zeros_like(real_T)
+    trained_T[real_T] = batch.response_mask_T[source_T[real_T]]
+    where_R = trained_T.nonzero().squeeze(1)  # never the first token of a sample
+    where_R = where_R[row_T[where_R - 1] >= 0]
+    return where_R, row_T[where_R - 1]
 
 
 def _packed_tokens(

@@ -10,6 +10,12 @@ import torch
 
 SPECIAL = ("<|pad|>", "<|eos|>", "<|unk|>")
 ALPHABET = string.digits + string.ascii_letters + string.punctuation + " \n"
+# What an architecture's configuration has beside the sizes. Heads have 32 dimensions everywhere.
+SPECIAL_KEYS: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "mistral": {"sliding_window": None, "head_dim": 32},
+}
 # Of the session's vLLM server (conftest.py).
 MAX_MODEL_LEN = 1024
 TOKEN = "token-of-the-test-session"
@@ -38,17 +44,8 @@ def make_tiny_model(
 
     folder = Path(folder)
     tokenizer = make_tokenizer()
-    special: dict[str, Any] = {
-        "qwen3": {"head_dim": 32},
-        "qwen3_moe": {
-            "head_dim": 32,
-            "moe_intermediate_size": ffn,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": renormalize_experts,
-        },
-        "mistral": {"sliding_window": None, "head_dim": 32},
-    }.get(arch, {})
+    experts = {"moe_intermediate_size": ffn, "norm_topk_prob": renormalize_experts}
+    special = SPECIAL_KEYS.get(arch, {}) | (experts if arch == "qwen3_moe" else {})
     config = AutoConfig.for_model(
         arch,
         **special,
