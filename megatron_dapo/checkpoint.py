@@ -2,7 +2,8 @@
 and what the controller knows.
 
 `<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load
-it) and `run.pt`, the controller's part. A folder gets its name only when it is whole, so a crash while saving
+it), `run.pt`, which every rank reads, and `carried.pt`, the controller's part, which rank 0 reads: groups and
+beginnings of responses, of any size. A folder gets its name only when it is whole, so a crash while saving
 leaves the previous one usable.
 """
 
@@ -29,6 +30,7 @@ from megatron_dapo.policy.optimizer import load_optimizer
 from megatron_dapo.policy.session import Session
 from megatron_dapo.policy.step import Policy
 
+FORMAT = 2  # of run.pt and carried.pt
 _NAME = re.compile(r"step_(\d{6})$")
 # loads at any data-parallel size, all other sizes alike
 _SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
@@ -43,11 +45,12 @@ class SaveFailed(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """The controller's part of a checkpoint, taken between two steps."""
+    """What a run continues from beside the policy. rollouts: the controller's part (Rollouts.state); None on
+    other ranks than 0.
+    """
 
     step: int
-    prompts: dict[str, Any]
-    collector: dict[str, Any]
+    rollouts: dict[str, Any] | None
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
@@ -89,8 +92,11 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
     try:
         dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
         if session.rank == 0:
+            assert state is not None
+            torch.save(state.rollouts, temporary / "carried.pt")
             rest = {
-                "state": state,
+                "format": FORMAT,
+                "step": state.step,
                 "rng": torch.get_rng_state(),
                 "num_updates": policy.num_updates,
                 "guard": policy.guard.state(),
@@ -121,21 +127,29 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
 
 @torch.no_grad()
 def load(folder: Path, policy: Policy) -> RunState:
-    """Collective. Put model, optimizer, schedule and random state back; returns the controller's part (on
-    every rank).
+    """Collective. Put model, optimizer, schedule and random state back; returns the rest. UserError for a
+    checkpoint of an earlier version.
     """
+    rest = torch.load(folder / "run.pt", weights_only=False)
+    if rest.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint.resume: {folder} was written by another version, which keeps its rollouts in "
+            "another form; start a new run with another run.dir, or go on with that version"
+        )
     sharded = _sharded_state(policy, is_loading=True)
     loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
     for number, chunk in enumerate(policy.chunks):
         chunk.module.load_state_dict(loaded["model"][str(number)])
     load_optimizer(policy.optimizer, loaded["optimizer"])
     policy.schedule.load_state_dict(loaded["schedule"])
-    rest = torch.load(folder / "run.pt", weights_only=False)
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
     policy.guard.load_state(rest["guard"])
+    rollouts = None
+    if policy.session.rank == 0:
+        rollouts = torch.load(folder / "carried.pt", weights_only=False)
     dist.barrier(group=policy.session.control)  # all have read it
-    return rest["state"]
+    return RunState(step=rest["step"], rollouts=rollouts)
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Nothing else decides what is trained on.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,15 +17,16 @@ from megatron_dapo.errors import UserError
 from megatron_dapo.evaluate import evaluate
 from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.policy.control import ControlChannel
-from megatron_dapo.report.rollouts import rollout_path, save_groups
 from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.report.step import gap_warning, step_metrics
 from megatron_dapo.reward.grading import Grader
-from megatron_dapo.rollout.service import RolloutService, StopRequested, WeightsNeeded
+from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
+from megatron_dapo.rollout.service import RolloutService
 from megatron_dapo.sync.verify import compare_digests
 from megatron_dapo.types import Batch, Collected, Prompt, StepResult
 
 T = TypeVar("T")
+Phase = tuple[str, float, float]  # name, begin and end in seconds of time.monotonic()
 # done: with the result; stop: a signal came; push: no engine holds the weights; failed: an error of rank 0
 Outcome = tuple[Literal["done", "stop", "push", "failed"], Any]
 
@@ -59,13 +60,14 @@ class Controller:
             folder=folder,
             stop_token_ids=spec.eos_token_ids,
             prompts=self.prompts,
-            grade=self.grader.grade,
+            grading=self.grader,
             progress=lambda done, total: self.reporter.progress("collect", done, total),
             message=self.reporter.message,
+            watch=self.reporter.fleet,
         )
         if state:
-            self.prompts.load_state(state.prompts)
-            self.service.load_state(state.collector)
+            assert state.rollouts is not None
+            self.service.load_state(state.rollouts)
         self.service.start()  # the servers load while the policy is built
         for sign in (signal.SIGTERM, signal.SIGINT):
             signal.signal(sign, self._request_stop)
@@ -75,7 +77,8 @@ class Controller:
         (rollout/collect.py).
         """
         if version != self._counted_for:  # called again after a push of weights, the counts of the step go on
-            self._counted_for, self.grader.seconds = version, 0.0
+            self._counted_for = version
+            self.grader.reset()
             self.service.request_failures.clear()
         self.collected = self.service.next_step(version)
         return self.collected
@@ -90,32 +93,46 @@ class Controller:
         return {"eval/accuracy": accuracy}
 
     def measure(
-        self, batch: Batch, result: StepResult, clock: Mapping[str, float], num_updates: int
+        self,
+        step: int,
+        batch: Batch,
+        result: StepResult,
+        *,
+        began: float,
+        phases: Sequence[Phase],
+        num_updates: int,
     ) -> dict[str, float]:
-        """The metrics of the step that has just ended; says so when engines and policy disagree."""
+        """The metrics of the step that has just ended, and its line of facts; says so when engines and policy
+        disagree. Hands the groups that it trained on to the report, for tools/replay.py, and forgets them.
+        """
         assert self.collected is not None
+        collected, self.collected = self.collected, None
+        clock = {name: end - begin for name, begin, end in phases} | {"step": phases[-1][2] - began}
         metrics = step_metrics(
-            self.collected,
+            collected,
             batch,
             result,
             clock,
+            version=self._counted_for,
             reward_seconds=self.grader.seconds,
+            grades={**self.grader.counts},
             request_failures=self.service.request_failures,
             num_updates=num_updates,
         )
         if warning := gap_warning(metrics, self.config.report.gap_warning):
             self.reporter.message(warning)
+        metrics |= self.reporter.engine_metrics(phases)
+        self.reporter.facts(step, collected, began=began, phases=phases, trained_tokens=result.num_tokens)
+        meta = {"num_updates": result.num_updates}
+        metrics["time/rollouts_wait"] = self.reporter.rollouts(step, collected.groups, meta)
         return metrics
 
-    def save_rollouts(self, step: int, num_updates: int) -> None:
-        """The groups that the step trained on, for tools/replay.py."""
-        if self.config.report.rollouts and self.collected:
-            path = rollout_path(self.run_dir, step)
-            save_groups(path, self.collected.groups, step, {"num_updates": num_updates})
-
     def state(self, step: int) -> checkpoint.RunState:
-        """What a checkpoint keeps of rank 0, between two steps."""
-        return checkpoint.RunState(step=step, prompts=self.prompts.state(), collector=self.service.state())
+        """What a checkpoint keeps of rank 0, between two steps. The files of the steps that it holds are on
+        disk before it is: a resumed run does not make them again.
+        """
+        self.reporter.flush()
+        return checkpoint.RunState(step=step, rollouts=self.service.state())
 
     def verify(self, export: Path, version: int) -> int:
         """Compare every parameter in every engine with a fresh server on the export; how many were

@@ -18,14 +18,14 @@ import torch
 from megatron_dapo import checkpoint
 from megatron_dapo.batching.step_batch import make_batch
 from megatron_dapo.config import RunConfig
-from megatron_dapo.controller import Controller, on_rank_0
+from megatron_dapo.controller import Controller, Phase, on_rank_0
 from megatron_dapo.objectives import make_objective
 from megatron_dapo.policy import session
 from megatron_dapo.policy.backend import Backend
 from megatron_dapo.policy.batches import scatter
 from megatron_dapo.policy.guards import NotFinite
 from megatron_dapo.policy.step import Policy, combine
-from megatron_dapo.rollout.service import StopRequested
+from megatron_dapo.rollout.rollouts import StopRequested
 from megatron_dapo.sync.export import export
 from megatron_dapo.sync.publish import Publisher
 from megatron_dapo.sync.shm import SharedMemory
@@ -39,9 +39,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig, backend: Backend) -> None:
         self.config, self.run_dir = config, Path(config.run.dir)
-        self.exhausted, self.clock = False, dict[str, float]()  # seconds of each stage of the running step
+        self.exhausted, self.phases = False, list[Phase]()  # of the running step
         self.session = session.start(config.layout.to_layout(), backend)
-        self.objective = make_objective(config.objective)
+        self.objective = make_objective(config.objective, max_age=config.sampling.max_age)
         self.policy = Policy(config, self.session, self.objective)
         rank, group = self.session.rank, self.session.control
         self.publisher = Publisher(SharedMemory(rank, group, self.policy.spec, config.model.dtype))
@@ -83,8 +83,8 @@ class Trainer:
 
     def train_step(self) -> None:
         """One rollout batch, `batch.updates_per_step` optimizer updates, one weight push."""
-        self.clock = {}
-        began = time.perf_counter()
+        self.phases = []
+        began = time.monotonic()
         with self.timed("checkpoint"):  # the step before this one is on record by now
             if self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
@@ -99,8 +99,7 @@ class Trainer:
         self.step += 1
         with self.timed("sync"):
             self.publish()
-        self.clock["step"] = time.perf_counter() - began
-        self.record(batch, result)
+        self.record(batch, result, began)
 
     def collect(self) -> Batch | None:
         """Dynamic sampling on rank 0 (rollout/), packed (batching/); every rank gets what it trains on."""
@@ -139,17 +138,18 @@ class Trainer:
         service.
         """
         with self.controller.service.paused() if self.controller else nullcontext() as replicas:
-            self.session.channel.share()  # rank 0's engines have ended what they ran, however long that took
+            self.session.channel.share()  # rank 0's engines stand still, however long that took
             report = self.publisher.publish(self.policy.weight_shards(), self.step, replicas)
         for failure in report.failures:
             self.say(str(failure))
 
-    def record(self, batch: Batch, result: StepResult) -> None:
-        """Metrics, rollouts, and the periodic evaluation of this step."""
+    def record(self, batch: Batch, result: StepResult, began: float) -> None:
+        """Metrics, facts, rollouts, and the periodic evaluation of this step."""
         metrics: dict[str, float] = {}
         if self.controller:
-            metrics = self.controller.measure(batch, result, self.clock, self.policy.num_updates)
-            self.controller.save_rollouts(self.step, result.num_updates)
+            times = {"began": began, "phases": self.phases}
+            updates = self.policy.num_updates
+            metrics = self.controller.measure(self.step, batch, result, **times, num_updates=updates)
         every, last = self.config.evaluation.every_steps, self.step == self.config.run.max_steps
         try:
             if last or self.exhausted or (every and self.step % every == 0):
@@ -194,6 +194,6 @@ class Trainer:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.monotonic()
         yield
-        self.clock[name] = time.perf_counter() - began
+        self.phases.append((name, began, time.monotonic()))

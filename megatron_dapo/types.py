@@ -57,8 +57,8 @@ class Completion:
 
     tokens: int32 [R]. logprobs: float32 [R], the engine's processed log-probabilities (temperature applied),
     nats. trained: bool [R], false where a token is not trained on (a masked response; later the output of a
-    tool). versions: runs of the weight versions that sampled the tokens. number: which of its prompt's
-    completions this is.
+    tool); where all are alike it may be one element seen R times, which cannot be written to. versions: runs
+    of the weight versions that sampled the tokens. number: which of its prompt's completions this is.
     """
 
     tokens: np.ndarray
@@ -68,7 +68,6 @@ class Completion:
     versions: VersionRuns
     number: int = 0
     seed: int | None = None
-    text: str = ""
 
     def __post_init__(self) -> None:
         for name, dtype in (("tokens", "int32"), ("logprobs", "float32"), ("trained", "bool")):
@@ -108,6 +107,29 @@ class Completion:
         return min(version for version, _ in self.versions)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Partial:
+    """The beginning of a response that still runs: R tokens so far, R may be 0.
+
+    tokens int32 [R], logprobs float32 [R], versions as in Completion. finish_reason: None while it runs.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: VersionRuns
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Where and when a group was made, seconds of one clock: sent to `engine`, answered in full, graded."""
+
+    engine: str
+    sent: float
+    answered: float
+    graded: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """All completions of one prompt with their grades.
@@ -120,6 +142,7 @@ class Group:
     completions: tuple[Completion, ...]
     correct: tuple[bool, ...]
     rewards: tuple[float, ...]
+    timing: Timing | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         sizes = {len(self.completions), len(self.correct), len(self.rewards)}
@@ -137,11 +160,48 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFacts:
+    """What is kept of a group that is not trained on, and what the simulator needs of every group.
+
+    lengths: response tokens of each completion, G of them like correct and truncated. verdict: accepted,
+    all_correct, all_wrong or outside_window (batching/filtering.py).
+    """
+
+    position: int
+    row: int
+    prompt_tokens: int
+    lengths: tuple[int, ...]
+    correct: tuple[bool, ...]
+    truncated: tuple[bool, ...]
+    weight_version: int
+    verdict: str
+    timing: Timing | None = field(default=None, compare=False)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @classmethod
+    def of(cls, group: Group, verdict: str) -> GroupFacts:
+        return cls(
+            position=group.prompt.position,
+            row=group.prompt.row,
+            prompt_tokens=len(group.prompt.tokens),
+            lengths=tuple(len(completion.tokens) for completion in group.completions),
+            correct=group.correct,
+            truncated=tuple(completion.truncated for completion in group.completions),
+            weight_version=group.weight_version,
+            verdict=verdict,
+            timing=group.timing,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
     """The groups that one step trains on and what happened to all others, by reason."""
 
     groups: tuple[Group, ...]
-    sampled: tuple[Group, ...]  # every group that finished in this step, whatever became of it
+    sampled: tuple[GroupFacts, ...]  # of every group that finished in this step, whatever became of it
     counts: dict[str, int]
     exhausted: bool = False  # the data has ended and nothing is left over
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.cases import LAYOUTS
 from support.jobs_checkpoint import checkpoint_run
 from support.models import make_tiny_model
@@ -85,11 +86,11 @@ def test_the_guard_remembers_the_gradient_norms(runs, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_controllers_state_reaches_every_rank(runs, name):
+def test_the_step_reaches_every_rank_and_what_is_carried_rank_0_alone(runs, name):
     for rank in range(world_of(name)):
         found = runs[3][rank][name]
         assert found["folder"] == "step_000002"
-        assert found["state"] == [2, {"cursor": 14}, {"carried": [2]}, 2]
+        assert found["state"] == [2, {"cursor": 14} if rank == 0 else None, 2]
 
 
 def test_a_checkpoint_loads_at_another_data_parallel_size(runs):
@@ -147,6 +148,12 @@ def test_find_refuses_a_folder_that_is_no_checkpoint(tmp_path):
         UserError, match=r"checkpoint\.resume=.*step_000011 is no complete checkpoint.*'auto', 'never'"
     ):
         checkpoint.find(tmp_path, str(tmp_path / "step_000011"))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
+    torch.save({"state": "as it was", "num_updates": 3}, tmp_path / "run.pt")
+    with pytest.raises(UserError, match=rf"checkpoint\.resume: {tmp_path} .* another version.*run\.dir"):
+        checkpoint.load(tmp_path, policy=None)  # type: ignore[arg-type]
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):

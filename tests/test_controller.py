@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_dapo.controller import on_rank_0
 from megatron_dapo.errors import UserError
 from megatron_dapo.policy.control import ControlChannel
-from megatron_dapo.rollout.service import StopRequested, WeightsNeeded
+from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
 
 CONTROLLER: Any = object()  # only handed on
 

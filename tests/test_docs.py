@@ -11,17 +11,18 @@ from support.samples import make_group, make_sample
 from megatron_dapo.batching.packing import pack
 from megatron_dapo.metrics import Mean
 from megatron_dapo.objectives.base import trained_tokens
+from megatron_dapo.report.engines import EngineLog
 from megatron_dapo.report.step import step_metrics
-from megatron_dapo.types import Collected, StepResult
+from megatron_dapo.types import Collected, GroupFacts, StepResult
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
-NOT_OF_A_STEP = {"step", "eval/accuracy"}  # added by the reporter and by the trainer
+NOT_OF_A_STEP = {"step", "eval/accuracy", "time/rollouts_wait"}  # added by the reporter and by the trainer
 
 
 def test_metrics_page_lists_exactly_what_a_step_reports():
     group = make_group(correct=1, size=2)
-    names = ("entropy", "clip_low", "clip_high", "kl_old", "gap", "gap_max", "fresh_tokens")
+    names = ("entropy", "clip_low", "clip_high", "clip_dual", "kl_old", "gap", "gap_max", "fresh_tokens")
     names += ("skipped_updates", "grad_norm_spike", "kl_k1", "kl_k3", "ess", "masked")
     samples = [make_sample((3, 4, 5), prompt_length=2)] * 2
     batch = pack(samples, dp=1, num_updates=1, max_tokens=6, version=0, denominator=trained_tokens)
@@ -34,10 +35,10 @@ def test_metrics_page_lists_exactly_what_a_step_reports():
         lr=1e-6,
         metrics=dict.fromkeys(names, Mean(0.0, 1.0)),
     )
-    collected = Collected(groups=(group,), sampled=(group,), counts={})
-    reported = step_metrics(
-        collected, batch, result, {}, reward_seconds=0.0, request_failures={}, num_updates=1
-    )
+    collected = Collected(groups=(group,), sampled=(GroupFacts.of(group, "accepted"),), counts={})
+    counted = dict(reward_seconds=0.0, grades={}, request_failures={}, num_updates=1)
+    reported = step_metrics(collected, batch, result, {}, version=0, **counted)
+    reported |= EngineLog().metrics([])
     documented = re.findall(
         r"^\| `([a-z0-9_/]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE
     )

@@ -132,7 +132,7 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
         ),
         (
             ["objective.mismatch_low=0.5"],
-            "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not none",
+            "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not auto",
         ),
         (
             ["objective.mismatch_low=0.5", "objective.mismatch_correction=truncate"],

@@ -70,7 +70,6 @@ def test_a_completion_that_ended_at_the_limit_is_truncated():
         {"finish_reason": "length"},
         {"number": 1},
         {"seed": 0},
-        {"text": "x"},
     ],
 )
 def test_completions_are_equal_in_every_bit_or_not_at_all(changed):

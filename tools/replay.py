@@ -60,7 +60,7 @@ def replay(config: RunConfig, options: argparse.Namespace) -> int:
     from megatron_dapo.types import Stream
 
     session = session_file.start(config.layout.to_layout(), backend_of(prepare_device(config)))
-    objective = make_objective(config.objective)
+    objective = make_objective(config.objective, max_age=config.sampling.max_age)
     policy = Policy(config, session, objective)
     if options.checkpoint:
         checkpoint.load(options.checkpoint, policy)

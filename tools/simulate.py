@@ -1,8 +1,12 @@
 #!/usr/bin/env python
-"""Simulate steps of a run before renting the machine: the real collector and fleet against simulated engines.
+"""Simulate steps of a run before renting the machine: the real rollouts against simulated engines.
 
     python tools/simulate.py examples/configs/qwen32b.yaml --engines 32 --steps 20 --seed 0 --plot gantt.png
     python tools/simulate.py examples/configs/qwen32b.yaml --engines 32 --compare sampling.max_age=0,1
+    python tools/simulate.py --from runs/X sampling.prompts_per_step=64 --engines 4
+
+`--from` takes lengths, verdicts and speeds from what a run has measured (its facts.jsonl), and the run's
+configuration unless CONFIG.yaml is given; overrides come on top.
 
 Prints one JSON object (with --compare a list of them, one for each value). Model, assumptions and keys:
 docs/simulator.md. It reads no model, tokenizer or data.
@@ -11,6 +15,7 @@ docs/simulator.md. It reads no model, tokenizer or data.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -20,9 +25,17 @@ from typing import Any
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
-from megatron_dapo.rollout.simulate import Timeline, simulate
-from megatron_dapo.rollout.simulate_model import load_profile
-from megatron_dapo.rollout.simulate_prompts import default_difficulties, load_difficulties
+from megatron_dapo.rollout.simulate import Simulation
+from megatron_dapo.rollout.simulate_calibrate import calibrate
+from megatron_dapo.rollout.simulate_ledger import Timeline
+from megatron_dapo.rollout.simulate_model import Profile, load_profile
+from megatron_dapo.rollout.simulate_observed import ObservedStream
+from megatron_dapo.rollout.simulate_prompts import (
+    PlannedStream,
+    Stream,
+    default_difficulties,
+    load_difficulties,
+)
 
 PHASE_COLOURS = {"trainer": "#c44e2c", "sync": "#8a6fb0"}  # the rest of a step is rollout
 ENGINE_COLOURS = "Blues"
@@ -31,20 +44,34 @@ MIN_PICTURE_INCHES, INCHES_PER_ENGINE = 3.0, 0.16
 
 def run(config: RunConfig, options: argparse.Namespace) -> tuple[dict[str, Any], Timeline]:
     """One simulation, as the command line asks for it."""
-    profile = load_profile(config, options.engine_speed)
-    if options.prompts:
-        difficulties = load_difficulties(options.prompts)
-    else:
-        difficulties = default_difficulties(config.rollout.max_tokens)
-    return simulate(
+    calibration = options.calibration
+    planned = calibration.profile if calibration else None
+    profile = load_profile(config, options.engine_speed, planned)
+    if options.colocated:
+        profile = dataclasses.replace(profile, colocated=True)
+    simulation = Simulation(
         config,
         profile,
-        difficulties,
-        engines=options.engines or config.rollout.engines,
+        make_stream(config, profile, options),
+        engines=options.engines or (calibration and calibration.engines) or config.rollout.engines,
         steps=options.steps,
-        seed=options.seed,
         message=lambda line: print(line, file=sys.stderr),
     )
+    result = simulation.simulate()
+    return (result | {"calibration": calibration.report} if calibration else result), simulation.timeline
+
+
+def make_stream(config: RunConfig, profile: Profile, options: argparse.Namespace) -> Stream:
+    """The prompts: of a file, of the run that was measured, or the planned mixture."""
+    longest, seed = config.rollout.max_tokens, options.seed
+    if options.prompts is None and (calibration := options.calibration):
+        return ObservedStream(calibration.groups, longest=calibration.longest, seed=seed, max_tokens=longest)
+    rows = load_difficulties(options.prompts) if options.prompts else default_difficulties(longest)
+    return PlannedStream(rows, seed=seed, max_tokens=longest, prompt_tokens=profile.prompt_tokens)
+
+
+def load_config(options: argparse.Namespace, *more: str) -> RunConfig:
+    return RunConfig.load(options.config, [*options.overrides, *more])
 
 
 def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[tuple[str, Timeline]]]:
@@ -56,7 +83,9 @@ def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[tup
         raise UserError("--compare rollout.engines and --engines both set the number; take one of them out")
     results, timelines = [], []
     for value in values.split(","):
-        config = RunConfig.load(options.config, [*options.overrides, f"{key}={value}"])
+        config = load_config(options, f"{key}={value}")
+        if key == "rollout.engines":
+            options.engines = config.rollout.engines
         result, timeline = run(config, options)
         results.append({"compare": {"key": key, "value": value}} | result)
         timelines.append((f"{key}={value}", timeline))
@@ -107,17 +136,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG.yaml section.key=value",
+        help="the file may be left out with --from",
+    )
+    parser.add_argument(
+        "--from", dest="run", type=Path, metavar="RUN", help="calibrate with this run's folder"
+    )
     parser.add_argument("--steps", type=int, default=20, help="rollout steps (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and verdicts (default 0)")
     parser.add_argument(
         "--engines",
         type=int,
-        help="all hosts together; default: rollout.engines, which counts those of one host",
+        help="all hosts together; default: those of the run, else rollout.engines, which counts one host's",
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="the prompt stream's difficulties")
     parser.add_argument("--engine-speed", type=Path, metavar="FILE.json", help="measured speeds; faults")
+    parser.add_argument(
+        "--colocated", action="store_true", help="engines sleep on the GPUs while the policy trains"
+    )
     parser.add_argument("--compare", metavar="KEY=A,B,...", help="simulate once for each value of a key")
     parser.add_argument(
         "--plot", type=Path, metavar="OUT.png", help="picture of engines and trainer over time"
@@ -129,18 +168,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {value} must be at least {least}")
     if options.plot and options.plot.suffix != ".png":
         parser.error(f"--plot {options.plot} must end in .png")
+    files = [argument for argument in options.arguments if "=" not in argument]
+    options.overrides = [argument for argument in options.arguments if "=" in argument]
+    if len(files) > 1 or not (files or options.run):
+        parser.error(f"give one CONFIG.yaml, or --from RUN; got {', '.join(files) or 'neither'}")
+    options.config = Path(files[0]) if files else options.run / "config.yaml"
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        options.calibration = None
+        if options.run:
+            options.calibration = calibrate(options.run, RunConfig.load(options.run / "config.yaml"))
         if options.compare:
             result, timelines = compare(options)
         else:
-            config = RunConfig.load(options.config, options.overrides)
-            result, timeline = run(config, options)
-            timelines = [(options.config.name, timeline)]
+            result, timeline = run(load_config(options), options)
+            timelines = [(str(options.run or options.config.name), timeline)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

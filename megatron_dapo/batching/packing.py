@@ -115,7 +115,7 @@ def pack(
                 micro_batches=tuple(
                     tuple(tuple(indices[i] for i in micro) for micro in rank) for rank in ranks
                 ),
-                num_tokens=sum(int(sample.response_mask.sum()) for sample in members),
+                num_tokens=int(torch.cat([sample.response_mask for sample in members]).sum()),
                 denominator=denominator(members),
             )
         )

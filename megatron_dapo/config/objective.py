@@ -7,7 +7,7 @@ the same name in objectives/. Keys of another kind are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -24,10 +24,11 @@ class ObjectiveSection(Section):
     advantage: Literal["std", "none"] = Field(
         default="std", description="Divide by the group's sample standard deviation, or not."
     )
-    mismatch_correction: Literal["none", "truncate", "mask"] = Field(
-        default="none",
+    mismatch_correction: Literal["auto", "none", "truncate", "mask"] = Field(
+        default="auto",
         description="Weigh tokens by w = p_policy / p_engine: 'truncate' cuts w at mismatch_high, 'mask' "
-        "leaves out what has w outside [mismatch_low, mismatch_high].",
+        "leaves out what has w outside [mismatch_low, mismatch_high]; 'auto': 'truncate' with "
+        "sampling.max_age >= 1, else 'none'.",
     )
     mismatch_level: Literal["token", "sequence"] = Field(
         default="token",
@@ -42,6 +43,12 @@ class ObjectiveSection(Section):
     mismatch_high: float = Field(
         default=2.0, gt=1, le=1e6, description="Largest w that 'mask' keeps and 'truncate' leaves as it is."
     )
+
+    def resolved(self, max_age: int) -> Self:
+        """The section with what 'auto' means for this sampling.max_age in its place."""
+        if self.mismatch_correction != "auto":
+            return self
+        return self.model_copy(update={"mismatch_correction": "truncate" if max_age else "none"})
 
 
 class DapoConfig(ObjectiveSection):

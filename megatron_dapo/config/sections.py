@@ -137,6 +137,11 @@ class RolloutConfig(Section):
         default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only)."
     )
     cpu_kv_cache_gib: PositiveInt = Field(default=1, description="KV cache of each server, GiB (CPU only).")
+    inflight_updates: bool = Field(
+        default=True,
+        description="With sampling.max_age >= 1 and not seeded, running responses go on over a weight push: "
+        "they stand still, and then use the new weights; false: the push waits until they have ended.",
+    )
     max_concurrency: PositiveInt = Field(
         default=256,
         description="Sequences one engine runs at once; more are not sent to it until one has ended.",
@@ -317,7 +322,17 @@ class EvaluationConfig(Section):
 class ReportConfig(Section):
     rollouts: bool = Field(
         default=True,
-        description="Save every step's groups to rollouts/, so that tools/replay.py can train on them.",
+        description="Save every step's groups to rollouts/, for tools/replay.py and tools/show_rollouts.py.",
+    )
+    keep_rollouts: PositiveInt | None = Field(
+        default=20,
+        description="Files of rollouts/ that stay, the newest; null: all. A step of 512 x 16 responses of "
+        "5,000 tokens takes about 0.15 GB.",
+    )
+    trace: bool = Field(
+        default=False,
+        description="Write trace.json: the trainer, engines, requests and grading on one time axis, for "
+        "ui.perfetto.dev.",
     )
     gap_warning: float | None = Field(
         default=0.1,

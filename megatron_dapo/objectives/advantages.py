@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import statistics
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -30,25 +31,51 @@ def with_advantages(groups: Sequence[Group], *, normalize: str = "std") -> list[
 
     A response that is masked (`Completion.trained`) still counts in its group's mean and deviation.
     """
-    return [
-        make_sample(group.prompt, completion, advantage)
+    responses = [
+        (group.prompt, completion, advantage)
         for group in groups
         for completion, advantage in zip(
             group.completions, group_advantages(group.rewards, normalize), strict=True
         )
     ]
+    return make_samples(responses)
 
 
-def make_sample(prompt: Prompt, completion: Completion, advantage: float) -> Sample:
-    """Prompt and response end to end. Prompt tokens are never trained on."""
-    before, after = len(prompt.tokens), len(completion.tokens)
-    return Sample(
-        tokens=torch.cat([torch.tensor(prompt.tokens, dtype=torch.int32), torch.tensor(completion.tokens)]),
-        response_mask=torch.cat([torch.zeros(before, dtype=torch.bool), torch.tensor(completion.trained)]),
-        rollout_logprobs=torch.cat([torch.zeros(before), torch.tensor(completion.logprobs)]),
-        advantages=torch.full((before + after,), advantage, dtype=torch.float32),
-        prompt_position=prompt.position,
-        number=completion.number,
-        seed=completion.seed,
-        weight_version=completion.weight_version,
+def make_samples(responses: Sequence[tuple[Prompt, Completion, float]]) -> list[Sample]:
+    """A Sample of each prompt, completion and advantage: prompt and response end to end. Prompt tokens are
+    never trained on.
+
+    The samples are views of flat tensors: thousands of small tensors would take longer than all the rest.
+    """
+    if not responses:
+        return []
+    lengths = [len(prompt.tokens) + len(completion.tokens) for prompt, completion, _ in responses]
+    tokens, masks, logprobs = bytearray(), bytearray(), bytearray()
+    for prompt, completion, _ in responses:
+        before = len(prompt.tokens)
+        tokens += array("i", prompt.tokens).tobytes() + completion.tokens.tobytes()
+        masks += bytes(before) + completion.trained.tobytes()
+        logprobs += bytes(4 * before) + completion.logprobs.tobytes()
+    advantages = torch.tensor([advantage for _, _, advantage in responses], dtype=torch.float32)
+    flat = (
+        torch.frombuffer(tokens, dtype=torch.int32),
+        torch.frombuffer(masks, dtype=torch.bool),
+        torch.frombuffer(logprobs, dtype=torch.float32),
+        advantages.repeat_interleave(torch.tensor(lengths)),
     )
+    streams = zip(*(tensor.split(lengths) for tensor in flat), strict=True)
+    return [
+        Sample(
+            tokens=tokens_L,
+            response_mask=mask_L,
+            rollout_logprobs=logprobs_L,
+            advantages=advantages_L,
+            prompt_position=prompt.position,
+            number=completion.number,
+            seed=completion.seed,
+            weight_version=completion.weight_version,
+        )
+        for (prompt, completion, _), (tokens_L, mask_L, logprobs_L, advantages_L) in zip(
+            responses, streams, strict=True
+        )
+    ]

@@ -68,4 +68,4 @@ class Objective:
 
 def trained_tokens(samples: Sequence[Sample]) -> int:
     """The denominator of a token mean: every response token that is trained on counts one."""
-    return sum(int(sample.response_mask.sum()) for sample in samples)
+    return int(torch.cat([sample.response_mask for sample in samples]).sum())

@@ -6,6 +6,7 @@ Legend: T or R tokens of one micro-batch. Three policies, three names: rollout_l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -36,8 +37,8 @@ def dapo_terms(config: DapoConfig, inputs: TokenInputs) -> LossTerms:
     """Loss and metrics of one micro-batch: the clipped objective, with the engine-policy mismatch corrected
     as configured.
 
-    Metrics of tokens in the loss: clip_low, clip_high, kl_old. Of all trained tokens, masked ones included:
-    entropy, fresh_tokens, masked (shares), kl_k1, kl_k3, ess. Of fresh tokens: gap, gap_max.
+    Metrics of tokens in the loss: clip_low, clip_high, clip_dual, kl_old. Of all trained tokens, masked ones
+    included: entropy, fresh_tokens, masked (shares), kl_k1, kl_k3, ess. Of fresh tokens: gap, gap_max.
     """
     old_R, rollout_R = inputs.streams[Stream.OLD_LOGPROBS], inputs.streams[Stream.ROLLOUT_LOGPROBS]
     weights_R = importance_weights(
@@ -70,6 +71,7 @@ def dapo_terms(config: DapoConfig, inputs: TokenInputs) -> LossTerms:
         metrics={
             "clip_low": Mean(sums.clip_low, sums.num_tokens),
             "clip_high": Mean(sums.clip_high, sums.num_tokens),
+            "clip_dual": Mean(sums.clip_dual, sums.num_tokens),
             "kl_old": Mean(sums.kl_old, sums.num_tokens),
             "entropy": Mean(inputs.entropy_R.sum(), num_tokens),
             "fresh_tokens": Mean(fresh, num_tokens),
@@ -94,6 +96,7 @@ class LossSums:
     num_tokens: torch.Tensor
     clip_low: torch.Tensor
     clip_high: torch.Tensor
+    clip_dual: torch.Tensor
     kl_old: torch.Tensor
 
 
@@ -113,7 +116,7 @@ def dapo_loss(
 
     `weights_T` (detached, objectives/mismatch.py) multiplies each token's term; None is 1.
 
-    Returns sums: the loss, the number of tokens, how many tokens each clip side held back, and the k3
+    Returns sums: the loss, the number of tokens, how many tokens each clip held back, and the k3
     estimate of KL(old || now). The ratio is masked before `exp`, so that whatever stands outside the mask
     cannot reach the result.
     """
@@ -130,11 +133,14 @@ def dapo_loss(
     with torch.no_grad():
         clip_low = (mask_T & (advantages_T < 0) & (ratio_T < 1 - eps_low)).sum()
         clip_high = (mask_T & (advantages_T > 0) & (ratio_T > 1 + eps_high)).sum()
+        bound = math.inf if dual_clip is None else dual_clip
+        clip_dual = (mask_T & (advantages_T < 0) & (ratio_T > bound)).sum()
         kl_old = (ratio_T - 1 - log_ratio_T).sum()  # k3; exactly 0 outside the mask
     return LossSums(
         loss=-torch.where(mask_T, objective_T, 0.0).sum(),
         num_tokens=mask_T.sum(),
         clip_low=clip_low,
         clip_high=clip_high,
+        clip_dual=clip_dual,
         kl_old=kl_old,
     )

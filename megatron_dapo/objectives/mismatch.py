@@ -61,15 +61,16 @@ def importance_weights(
 def correct(
     weights_T: torch.Tensor,
     *,
-    correction: Literal["none", "truncate", "mask"],
+    correction: Literal["auto", "none", "truncate", "mask"],
     low: float | None,
     high: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token's term of the loss is multiplied with (fp32), and which tokens stay in it: [T] each.
 
     'truncate': min(w, high), all stay. 'mask': w where low <= w <= high, the others leave the loss and its
-    denominator.
+    denominator. ('auto' has become another by then: ObjectiveSection.resolved.)
     """
+    assert correction != "auto"
     stay_T = torch.ones_like(weights_T, dtype=torch.bool)
     if correction == "none":
         return torch.ones_like(weights_T, dtype=torch.float32), stay_T

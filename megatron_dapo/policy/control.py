@@ -18,7 +18,8 @@ from megatron_dapo.errors import UserError
 
 T = TypeVar("T")
 ALIVE = "megatron_dapo/alive"
-SHORTEST_POLL_S, LONGEST_POLL_S = 0.001, 0.1
+SHORTEST_POLL_S = 0.001
+POLLS_PER_S = 500  # that the store answers, all ranks together: a percent or two of a core
 
 
 class RankZeroLost(UserError):
@@ -29,11 +30,20 @@ class ControlChannel:
     """One per process group. `share` is called by all ranks in the same order.
 
     store: the default store of torch.distributed. beat_s: how often rank 0 gives a sign of life; silence_s:
-    how long the others do without one before they give up.
+    how long the others do without one before they give up. num_ranks: that wait together: few may look often.
     """
 
-    def __init__(self, rank: int, store: dist.Store, *, beat_s: float = 5.0, silence_s: float = 50.0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        store: dist.Store,
+        *,
+        num_ranks: int = 2,
+        beat_s: float = 5.0,
+        silence_s: float = 50.0,
+    ) -> None:
         self._rank, self._store = rank, store
+        self._longest_poll_s = min(0.1, num_ranks / POLLS_PER_S)
         self._beat_s, self._silence_s = beat_s, silence_s
         self._num_shared = 0
         self._closed = threading.Event()
@@ -66,7 +76,7 @@ class ControlChannel:
         signs_of_life = -1
         while not self._store.check([key]):
             now = time.monotonic()
-            time.sleep(min(LONGEST_POLL_S, max(SHORTEST_POLL_S, (now - began) / 20)))  # at most 5 % late
+            time.sleep(min(self._longest_poll_s, max(SHORTEST_POLL_S, (now - began) / 20)))
             if now - checked < self._beat_s / 4:
                 continue
             checked = now

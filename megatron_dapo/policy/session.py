@@ -141,7 +141,11 @@ def _describe(layout: Layout, backend: Backend) -> Session:
         control=dist.group.WORLD if backend.collectives == "gloo" else dist.new_group(backend="gloo"),
         replica_group=groups[dp_rank],
         replica_leader=replicas[dp_rank][0],
-        channel=ControlChannel(rank=rank, store=dist.distributed_c10d._get_default_store()),
+        channel=ControlChannel(
+            rank=rank,
+            store=dist.distributed_c10d._get_default_store(),
+            num_ranks=dist.get_world_size(),
+        ),
     )
 
 

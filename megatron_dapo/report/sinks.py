@@ -1,24 +1,35 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and wandb when asked for, and the console.
+"""Where a run's numbers go: metrics.jsonl and facts.jsonl always; rollout files, a trace, TensorBoard and
+wandb when asked for; and the console.
 
 reporter = Reporter(config.run.dir, config, resume_step=None)
 reporter.progress("collect", done=12, total=512, tokens_per_s=3812)
+reporter.facts(step, collected, began=..., phases=[("rollout", 10.0, 55.5), ...], trained_tokens=...)
+waited_s = reporter.rollouts(step, collected.groups, {"num_updates": 1})
 reporter.record(step, {"loss": 0.01, "accuracy/mean": 0.4})
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
+from megatron_dapo.report.console import make_console
+from megatron_dapo.report.engines import EngineLog, Phases, fleet_line
+from megatron_dapo.report.facts import step_facts
+from megatron_dapo.report.lines import JsonLines
+from megatron_dapo.report.trace import Trace
+
+if TYPE_CHECKING:
+    from megatron_dapo.report.writer import RolloutWriter
+    from megatron_dapo.types import Collected, Group
 
 # metric -> how the console's line of a step shows it; those that are absent are left out
 SHOWN = {
@@ -30,8 +41,6 @@ SHOWN = {
     "response/length_mean": "length {:.1f}",
     "time/step": "{:.1f} s",
 }
-TERMINAL_PERIOD_S = 0.1
-PLAIN_PERIOD_S = 30.0
 
 
 class Sink(Protocol):
@@ -42,7 +51,7 @@ class Sink(Protocol):
 
 class Reporter:
     """Owned by rank 0. `resume_step` is the first step that will be recorded after a resume; None for a new
-    run.
+    run. `progress`, `fleet` and `message` may be called from any thread, the others from one.
     """
 
     def __init__(
@@ -50,102 +59,98 @@ class Reporter:
     ) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        out: TextIO = stream if stream is not None else sys.stdout
-        self._console = Terminal(out) if out.isatty() else Plain(out)
-        self._jsonl = JsonLines(run_dir / "metrics.jsonl", resume_step)
-        self._sinks: list[Sink] = [self._jsonl]
-        if config.report.tensorboard:
+        options = config.report
+        self._console = make_console(stream if stream is not None else sys.stdout)
+        self._showing = threading.RLock()  # a signal handler's message may interrupt another one
+        self._sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", resume_step)]
+        if options.tensorboard:
             self._sinks.append(TensorBoard(run_dir, resume_step))
-        if config.report.wandb:
+        if options.wandb:
             self._sinks.append(Wandb(run_dir, config, resume_step))
+        self._facts = JsonLines(run_dir / "facts.jsonl", resume_step)
+        resumed = resume_step is not None
+        self._trace = Trace(run_dir / "trace.json", resumed=resumed) if options.trace else None
+        self._engines = EngineLog(keep_counters=options.trace)
+        self._writer: RolloutWriter | None = None
+        if options.rollouts:
+            from megatron_dapo.report.writer import RolloutWriter  # loads torch and pyarrow
+
+            self._writer = RolloutWriter(
+                run_dir, keep=options.keep_rollouts, resume_step=resume_step, say=self.message
+            )
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a step once; ValueError when it is not beyond the last recorded one."""
         for sink in self._sinks:
             sink.record(step, metrics)
-        self._console.close()
-        self._console.line(step_line(step, metrics))
+        with self._showing:
+            self._console.close()
+            self._console.line(step_line(step, metrics))
+
+    def engine_metrics(self, phases: Phases) -> dict[str, float]:
+        """`engines/*` of a step, from what `fleet` was told; before its `facts`. phases: (name, begin, end)
+        in seconds of time.monotonic().
+        """
+        return self._engines.metrics(phases)
+
+    def facts(
+        self, step: int, collected: Collected, *, began: float, phases: Phases, trained_tokens: int
+    ) -> None:
+        """The step's line of facts.jsonl and its part of trace.json; once a step, before `record`. Seconds as
+        in `engine_metrics`; trained_tokens: response tokens in the loss.
+        """
+        facts = step_facts(collected, began=began, phases=phases, trained_tokens=trained_tokens)
+        self._facts.record(step, facts)
+        if self._trace:
+            self._trace.step(step, phases, collected.sampled, self._engines.counters())
+        self._engines.forget(max((end for _, _, end in phases), default=began))
+
+    def rollouts(self, step: int, groups: Sequence[Group], meta: Mapping[str, Any]) -> float:
+        """Have the groups of a step written behind the run (report.rollouts); returns the seconds waited for
+        the steps before it.
+        """
+        return self._writer.put(step, groups, dict(meta)) if self._writer else 0.0
+
+    def flush(self) -> None:
+        """Returns when the rollouts of all steps so far are on disk."""
+        if self._writer:
+            self._writer.flush()
+
+    def fleet(self, states: Mapping[str, str], running: Mapping[str, int], waiting: int) -> None:
+        """How the engines are now; call it several times a second. states: of every engine by its name;
+        running: sequences by name; waiting: requests that no engine has taken.
+        """
+        self._engines.add(time.monotonic(), states, running, waiting)
+        with self._showing:
+            self._console.fleet(fleet_line(states, running, waiting))
 
     def progress(self, stage: str, done: int, total: int, **info: float | str) -> None:
         """Show how far a stage is. Cheap: call it for every group or micro-batch. `tokens_per_s=9` is shown
         as `9 tokens/s`.
         """
-        self._console.progress(stage, done, total, info)
+        with self._showing:
+            self._console.progress(stage, done, total, info)
 
     def message(self, text: str) -> None:
-        self._console.line(text)
+        with self._showing:
+            self._console.line(text)
 
     def close(self) -> None:
-        self._console.close()
+        """Returns when all rollouts are on disk."""
+        if self._writer:
+            self._writer.close()
+        if self._trace:
+            self._trace.close()
+        self._facts.close()
         for sink in self._sinks:
             sink.close()
+        with self._showing:
+            self._console.close()
 
 
 def step_line(step: int, metrics: Mapping[str, float]) -> str:
     parts = [shape.format(metrics[name]) for name, shape in SHOWN.items() if name in metrics]
     return " | ".join([f"step {step}", *parts])
-
-
-class JsonLines:
-    """One JSON object a line, `{"step": 3, ...}`, steps strictly increasing. NaN and infinities become null:
-    JSON has none.
-    """
-
-    def __init__(self, path: Path, resume_step: int | None) -> None:
-        self._last = -math.inf
-        if path.exists():
-            if resume_step is None:
-                path.rename(_unused_name(path))
-            else:
-                self._last = _truncate(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step <= self._last:
-            raise UserError(
-                f"step {step} comes after step {self._last} in metrics.jsonl; record every step once, in "
-                f"order"
-            )
-        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
-        self._last = step
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _unused_name(path: Path) -> Path:
-    """metrics.0.jsonl, metrics.1.jsonl ...: a new run in an old folder keeps the old run's numbers."""
-    number = 0
-    while (name := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return name
-
-
-def _truncate(path: Path, resume_step: int) -> float:
-    """Drop the steps that will be run again, and a last line that the kill cut short. Returns the last step
-    kept.
-    """
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept: list[bytes] = []
-    last = -math.inf
-    for number, line in enumerate(lines, start=1):
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {number} is not a step's metrics ({error}); move the file away to resume"
-            ) from error
-        if step < resume_step:
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-            last = max(last, step)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(b"".join(kept))
-    os.replace(unfinished, path)
-    return last
 
 
 class TensorBoard:
@@ -199,86 +204,3 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _describe(info: Mapping[str, float | str]) -> str:
-    """`3,812 tokens/s, 0.41 pass rate` of {"tokens_per_s": 3812, "pass_rate": 0.41}."""
-    return ", ".join(
-        f"{_short(value)} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in info.items()
-    )
-
-
-def _short(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
-
-
-class Terminal:
-    """A live line for the running stage, and finished lines above it."""
-
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-
-        self._console = Console(file=stream, highlight=False)
-        self._live: Any = None
-        self._shown = ("", -math.inf)  # (stage, when)
-
-    def progress(self, stage: str, done: int, total: int, info: Mapping[str, float | str]) -> None:
-        now = time.monotonic()
-        if self._shown[0] == stage and now - self._shown[1] < TERMINAL_PERIOD_S and done < total:
-            return
-        if self._shown[0] != stage:
-            self._stop()
-            self._live = self._start(stage)
-        self._shown = (stage, now)
-        self._live.update(self._live.task_ids[0], completed=done, total=total, info=_describe(info))
-
-    def _start(self, stage: str) -> Any:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[info]}"),
-        )
-        live = Progress(*columns, console=self._console, transient=True, refresh_per_second=4)
-        live.add_task(stage, total=None, info="")
-        live.start()
-        return live
-
-    def _stop(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def line(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._stop()
-        self._shown = ("", -math.inf)
-
-
-class Plain:
-    """Lines for files and pipes: a stage reports every PLAIN_PERIOD_S, so a quick one is silent."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._stage, self._shown_s = "", 0.0
-
-    def progress(self, stage: str, done: int, total: int, info: Mapping[str, float | str]) -> None:
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._shown_s = stage, now
-        if now - self._shown_s >= PLAIN_PERIOD_S:
-            self._shown_s = now
-            self.line(f"{stage} {done}/{total}" + (f" ({_describe(info)})" if info else ""))
-
-    def line(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        self._stage = ""

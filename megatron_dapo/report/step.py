@@ -1,8 +1,9 @@
-"""The metrics of one step, under their public names."""
+"""The metrics of one step, under their public names (docs/metrics.md)."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from statistics import fmean
 
@@ -13,6 +14,7 @@ from megatron_dapo.types import Batch, Collected, StepResult
 
 COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window")
 COUNTS += ("carried", "carried_over", "left_running", "surplus_dropped", "aborted", "overdue")
+WASTE = ("all_correct", "all_wrong", "outside_window", "surplus")  # why tokens were generated for nothing
 STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
 # Public names of what the policy and the objectives measure; a metric that is not here is reported as
 # objective/<its name>.
@@ -29,6 +31,7 @@ POLICY_NAMES = {
         "entropy",
         "clip_low",
         "clip_high",
+        "clip_dual",
         "kl_old",
         "fresh_tokens",
         "skipped_updates",
@@ -57,26 +60,27 @@ def step_metrics(
     result: StepResult,
     clock: Mapping[str, float],
     *,
+    version: int,
     reward_seconds: float,
+    grades: Mapping[str, int],
     request_failures: Mapping[str, int],
     num_updates: int,
 ) -> dict[str, float]:
     """Everything a step reports, as plain numbers: fractions, tokens, nats, seconds, GiB.
 
-    `accuracy/mean` is over every group sampled in the step, informative or not; `reward/mean` and
-    `response/*` are over the groups trained on. `policy/rollout_logprob_gap` compares engine and policy on
-    the `policy/fresh_tokens` share of tokens that the present weights sampled: carried groups differ by age,
-    not by error. `sampling/request_failures` counts requests that an engine failed and that were made again.
-    `time/reward` is waited for by the groups one by one and overlaps with `time/rollout`.
+    clock: seconds by the step's parts. version: the weights that were trained. reward_seconds: in which a
+    completion waited for its grade. grades: completions graded, by outcome. request_failures: requests that
+    an engine failed and that were made again, by reason.
     """
     completions = [c for group in collected.groups for c in group.completions]
     lengths = [len(c.tokens) for c in completions]
-    sampled = collected.sampled or collected.groups
     metrics: dict[str, float] = {
         "update": num_updates,
         "lr": result.lr,
         "reward/mean": fmean(r for group in collected.groups for r in group.rewards),
-        "accuracy/mean": fmean(group.accuracy for group in sampled),
+        "reward/timeouts": grades.get("timeout", 0),
+        "reward/errors": grades.get("error", 0),
+        "accuracy/mean": fmean(group.accuracy for group in collected.sampled or collected.groups),
         "response/length_mean": fmean(lengths),
         "response/length_max": max(lengths),
         "response/truncated": fmean(c.truncated for c in completions),
@@ -86,12 +90,41 @@ def step_metrics(
         "packing/imbalance": batch.imbalance,
         "packing/fill": batch.fill,
         "tokens/trained": result.num_tokens,
-        "tokens/generated": sum(len(c.tokens) for group in collected.sampled for c in group.completions),
+        "tokens/generated": sum(sum(facts.lengths) for facts in collected.sampled),
         "time/reward": reward_seconds,
         "memory/rss": psutil.Process().memory_info().rss / 2**30,
     }
     metrics |= {POLICY_NAMES.get(name, f"objective/{name}"): v for name, v in flatten(result.metrics).items()}
     metrics["sampling/request_failures"] = sum(request_failures.values())
     metrics |= {f"sampling/{name}": collected.counts.get(name, 0) for name in COUNTS}
+    metrics |= _ages(collected, version)
+    wasted = wasted_tokens(collected)
+    metrics |= {f"tokens/wasted_{reason}": wasted[reason] for reason in WASTE}
     metrics |= {f"time/{name}": clock.get(name, 0.0) for name in STAGES}
     return metrics
+
+
+def wasted_tokens(collected: Collected) -> Counter[str]:
+    """Response tokens of this step's groups that are never trained on, by reason (WASTE). A group that waits
+    for a later step is wasted if that one will pass it over. What aborted requests had generated is unknown.
+    """
+    wasted: Counter[str] = Counter()
+    # With sampling.max_age=0 whatever lies behind the last trained group is dropped.
+    strict = collected.counts.get("surplus_dropped", 0) > 0
+    end = max((group.prompt.position for group in collected.groups), default=-1)
+    for facts in collected.sampled:
+        if strict and facts.position > end:
+            wasted["surplus"] += sum(facts.lengths)
+        elif facts.verdict != "accepted":
+            wasted[facts.verdict] += sum(facts.lengths)
+    return wasted
+
+
+def _ages(collected: Collected, version: int) -> dict[str, float]:
+    """A group is as old as its oldest token, in steps."""
+    ages = [version - group.weight_version for group in collected.groups]
+    return {
+        "sampling/age_mean": fmean(ages),
+        "sampling/age_max": max(ages),
+        "sampling/overdue_share": collected.counts.get("overdue", 0) / len(ages),
+    }

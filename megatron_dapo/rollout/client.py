@@ -5,37 +5,33 @@ calls.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import logging
 import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from typing import Any, Literal
 
-import aiohttp
-
 from megatron_dapo.config import RolloutConfig
+from megatron_dapo.environment import REQUEST_PREFIX
 from megatron_dapo.errors import UserError
-from megatron_dapo.rollout.answer import completions_of
-from megatron_dapo.rollout.errors import (
-    OUT_OF_FILES,
-    EngineDied,
-    EngineStalled,
-    RequestFailed,
-    RequestRefused,
-    out_of_files,
-)
-from megatron_dapo.rollout.progress import ProgressClock, ServerLoad, parse_load
-from megatron_dapo.types import Completion
+from megatron_dapo.rollout.answer import Responses, frames_of
+from megatron_dapo.rollout.asked import Asked
+from megatron_dapo.rollout.connection import CALL_TIMEOUT_S, JSON_PATH, Connection
+from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed, RequestRefused
+from megatron_dapo.rollout.progress import InFlight, ProgressClock, ServerLoad, parse_load
+from megatron_dapo.rollout.wire import GENERATE_PATH, PARTIALS_PATH, PROGRESS_PATH, TokensFrame
+from megatron_dapo.types import Completion, Partial
 
-GENERATE = "/inference/v1/generate"
-KEEP_ALIVE_S = 60.0  # below the server's (server.py), so that a reused connection is never a closed one
+JSON_PREFIX = "generate-tokens-"  # of vLLM's names of requests that came over JSON_PATH
 PROBE_TIMEOUT_S = 10.0  # of /health and /metrics
-CONNECT_TIMEOUT_S = 30.0
-CALL_TIMEOUT_S = 600.0  # of one weight call: the largest chunk, or all the repacking at the end of a push
-POLL_S = 1.0  # how often a server that has requests is asked how far it is
+POLL_S = 1.0  # how often a server that has requests is looked at
 OWN_FILES = (
     256  # open files of a policy rank without its connections: sockets of torch, logs, workers, libraries
 )
 PauseMode = Literal["abort", "wait", "keep"]
+
+log = logging.getLogger(__name__)
 
 
 def file_descriptors_needed(rollout: RolloutConfig) -> int:
@@ -52,31 +48,32 @@ class EngineClient:
     Every call raises EngineDied when the server is gone, RequestRefused (4xx) or RequestFailed (5xx) with the
     server's words, TimeoutError when it does not answer, and UserError when this process may open no more
     files. `generate` has no limit on its total: it raises EngineStalled when the server makes no token for
-    `progress_timeout_s`.
+    `progress_timeout_s`, a pause not counted.
     """
 
     def __init__(self, url: str, token: str, *, progress_timeout_s: float = 30.0) -> None:
         self.url = url
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._connection = Connection(url, token)
         self._progress_timeout_s = progress_timeout_s
-        self._session: aiohttp.ClientSession | None = None
-        self._in_flight = 0  # requests that are not answered yet
+        self._in_flight = InFlight()
         self._clock = ProgressClock(time.monotonic())
         self._watching: asyncio.Task[None] | None = None
-        self._end: asyncio.Future[None] | None = None  # its exception ends every request in flight
+        self._paused = False
+        self._in_frames: bool | None = None  # whether the server has our own route; None: not asked yet
+        self._running = 0  # sequences that were asked for in frames and have not arrived
         self._sent = 0  # sequences asked for so far
-        self._reported: tuple[int, int] | None = (
-            None  # the server's last word: sequences in it, `_sent` at that time
-        )
+        # the server's last word about JSON requests: sequences in it, `_sent` at that time
+        self._reported: tuple[int, int] | None = None
+        self._named: dict[str, Responses] = {}  # of requests in flight, by request_id
 
     async def close(self) -> None:
         """Close the connections; requests in flight raise EngineDied."""
-        self._end_requests(EngineDied(f"the client of {self.url} was closed"))
+        self._in_flight.end(EngineDied(f"the client of {self.url} was closed"))
         if self._watching is not None:
             self._watching.cancel()
-        if self._session is not None:
-            session, self._session = self._session, None
-            await session.close()
+        await self._connection.close()
+
+    # --- sampling
 
     async def generate(
         self,
@@ -90,42 +87,73 @@ class EngineClient:
         weight_version: int,
         stop_token_ids: Sequence[int] = (),
         request_id: str | None = None,
+        began: Sequence[Partial] = (),
+        arrived: Callable[[Completion], None] | None = None,
     ) -> list[Completion]:
         """Sample `n` completions of one prompt; cancelling the call aborts it on the server.
 
-        Sample i uses `seed + i` (vLLM's rule), so seeds of different prompts should be at least `n` apart. A
-        completion that ends by itself ends with its stop token, which has a log-probability like the others.
-        `temperature` 0 is greedy and allows only n=1. `weight_version` is for tokens that the server names no
-        version for.
+        `arrived` is called with each completion when it ends, before the others have. `began`: none, or n
+        beginnings to go on from; one that has finished is returned as it is, and arrives at once.
+        Sample i uses `seed + i` (vLLM's rule), so seeds of different prompts should be at least `n` apart;
+        the rest of one that was begun uses another seed. A completion that ends by itself ends with its stop
+        token, which has a log-probability like the others. `temperature` 0 is greedy and allows only n=1.
+        `weight_version` is for tokens that the server names no version for, and its number keeps cached
+        prefixes of other weights from being used. `request_id` is for `abort` and `partials`.
         """
-        params: dict[str, Any] = {
-            "n": n,
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "logprobs": 0,  # of the sampled token alone
-            "detokenize": False,
-            "stop_token_ids": list(stop_token_ids),
-        }
-        if seed is not None:
-            if seed < 0:
-                raise ValueError(f"seed={seed} must not be negative; vLLM takes -1 for no seed")
-            params["seed"] = seed
-        body = {
-            "request_id": request_id or uuid.uuid4().hex,
-            "token_ids": list(prompt_tokens),
-            "sampling_params": params,
-        }
-        self._sent += n
-        answer = await self._watched(body)
-        return completions_of(answer, n=n, seed=seed, weight_version=weight_version, url=self.url)
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed={seed} must not be negative; vLLM takes -1 for no seed")
+        responses = Responses(
+            n,
+            began=began,
+            max_tokens=max_tokens,
+            seed=seed,
+            weight_version=weight_version,
+            url=self.url,
+            arrived=arrived,
+        )
+        asked = Asked(
+            prompt=list(prompt_tokens),
+            numbers=responses.numbers,
+            began=responses.beginnings,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_token_ids=list(stop_token_ids),
+            cache_salt=str(weight_version),
+            request_id=request_id,
+        )
+        if asked.numbers:
+            await self._collect(asked, responses)
+        return responses.whole()
+
+    async def partials(self) -> dict[str, tuple[Partial, ...]]:
+        """What the requests of this client that run on the server, and were sent with a request_id, have
+        sampled so far: n beginnings each, with those that have finished. {} if the server cannot tell.
+        """
+        if self._in_frames is False:
+            return {}
+        found: dict[str, list[TokensFrame]] = {}
+        try:
+            async with aclosing(
+                self._connection.frames("GET", PARTIALS_PATH, timeout_s=CALL_TIMEOUT_S)
+            ) as frames:
+                async for frame in frames:
+                    found.setdefault(frame.request_id or "", []).append(frame)
+        except RequestRefused as error:
+            if error.status == 404:
+                return {}
+            raise
+        # a request that was answered meanwhile is none that runs
+        return {name: self._named[name].partials(found[name]) for name in found if name in self._named}
 
     def sequences_on_server(self) -> int | None:
-        """Sequences that run or wait on the server, as it said last, and those sent since; None if it said
-        nothing yet.
+        """Sequences of this client that run or wait on the server; None if it cannot be known yet.
 
-        A request counts here only with those of its sequences that have not ended.
+        A server without our own route says how many there are once in a while; those sent since are added.
         """
+        if self._in_frames is not False:
+            return self._running
         if self._reported is None:
             return None
         sequences, sent = self._reported
@@ -135,21 +163,143 @@ class EngineClient:
         """End requests by the id given to `generate`; their calls raise RequestFailed. Unknown ids are
         ignored.
         """
-        names = [f"generate-tokens-{request_id}" for request_id in request_ids]
+        names = [prefix + name for name in request_ids for prefix in (REQUEST_PREFIX, JSON_PREFIX)]
         if names:
-            await self._call("POST", "/inference/v1/abort_requests", {"request_ids": names})
+            await self._connection.call("POST", "/inference/v1/abort_requests", {"request_ids": names})
+
+    async def _collect(self, asked: Asked, responses: Responses) -> None:
+        """Sample, while the server is watched; EngineStalled ends all requests that are in flight."""
+        try:
+            with self._in_flight.one():
+                if len(self._in_flight) == 1:
+                    self._clock = ProgressClock(time.monotonic())
+                    self._watching = asyncio.create_task(self._watch())
+                if asked.request_id is not None:
+                    self._named[asked.request_id] = responses
+                async with aclosing(self._sample(asked)) as frames:
+                    async for frame in frames:
+                        self._clock.answered(time.monotonic())
+                        responses.add(frame)
+        finally:
+            if asked.request_id is not None and self._named.get(asked.request_id) is responses:
+                del self._named[asked.request_id]
+            if not self._in_flight and self._watching is not None:
+                self._watching.cancel()
+
+    async def _sample(self, asked: Asked) -> AsyncGenerator[TokensFrame, None]:
+        """Each sequence when it ends, over our own route if the server has it."""
+        if self._in_frames is not False:
+            left = len(asked.numbers)
+            self._running += left
+            try:
+                async with aclosing(self._connection.frames("POST", GENERATE_PATH, asked.body())) as frames:
+                    async for frame in frames:
+                        self._in_frames = True
+                        left, self._running = left - 1, self._running - 1
+                        yield frame
+                return
+            except RequestRefused as error:
+                if error.status != 404 or self._in_frames:
+                    raise
+                if self._in_frames is None:
+                    log.warning(
+                        "%s has no %s, so its tokens come as JSON, which takes many times the processor "
+                        "time; start it with --middleware megatron_dapo.rollout.middleware.RunToken",
+                        self.url,
+                        GENERATE_PATH,
+                    )
+                self._in_frames = False
+            finally:
+                self._running -= left
+        async with aclosing(self._sample_json(asked)) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def _sample_json(self, asked: Asked) -> AsyncGenerator[TokensFrame, None]:
+        """Over vLLM's own route: all sequences of a beginning at once."""
+        self._sent += len(asked.numbers)
+        parts = asked.apart()
+        calls = [
+            asyncio.create_task(self._connection.call("POST", JSON_PATH, part.json_body(), timeout_s=None))
+            for part in parts
+        ]
+        try:
+            index = 0
+            for part, call in zip(parts, calls, strict=True):
+                for frame in frames_of(await call, n=len(part.numbers), url=self.url):
+                    yield dataclasses.replace(frame, index=index)
+                    index += 1
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        """Runs while requests are in flight: ends them if the server makes no token for too long.
+
+        It is asked how far it is only if no response has arrived since the last look.
+        """
+        interval_s = min(POLL_S, self._progress_timeout_s / 5)
+        while True:
+            await asyncio.sleep(interval_s)
+            is_quiet = self._clock.without_progress(time.monotonic()) >= interval_s
+            if not self._paused and (is_quiet or self._in_frames is False):
+                try:
+                    await self._look(interval_s)
+                except (UserError, EngineStalled) as error:
+                    return self._in_flight.end(error)
+
+    async def _look(self, interval_s: float) -> None:
+        """Ask how far the server is. EngineStalled if it has stood still for too long."""
+        left_s = self._progress_timeout_s - self._clock.without_progress(time.monotonic())
+        timeout_s = min(PROBE_TIMEOUT_S, max(left_s, interval_s))
+        sent, tokens = self._sent, None
+        try:
+            if self._in_frames is False:
+                load = await self.load(timeout_s)
+                tokens, self._reported = load.tokens, (load.sequences, sent)
+            else:
+                answer = await self._connection.call("GET", PROGRESS_PATH, timeout_s=timeout_s)
+                tokens = answer["tokens"]
+        except (RequestFailed, EngineDied, TimeoutError):
+            pass  # no progress; a connection that breaks ends its request by itself
+        except RequestRefused as error:
+            if error.status != 404 or self._in_frames:
+                raise
+        now = time.monotonic()
+        self._clock.observe(tokens, now)
+        if self._paused or (seconds := self._clock.without_progress(now)) <= self._progress_timeout_s:
+            return
+        raise EngineStalled(
+            f"{self.url} made no token in {seconds:.0f} s, with {len(self._in_flight)} requests in flight; "
+            f"if it is only slow, raise rollout.progress_timeout_s={self._progress_timeout_s:g}"
+        )
+
+    # --- the server
 
     async def pause(self, mode: PauseMode = "wait") -> None:
-        """Stop generating: `wait` for running requests, `abort` them, or `keep` them as they are."""
-        await self._call("POST", f"/pause?mode={mode}")
+        """Stop generating: `wait` for running requests, `abort` them, or `keep` them as they are, with what
+        they have computed. No progress is expected until `resume`.
+        """
+        self._paused = mode != "wait"  # while it waits for running requests they should get on
+        clear = "false" if mode == "keep" else "true"
+        try:
+            await self._connection.call("POST", f"/pause?mode={mode}&clear_cache={clear}")
+        except BaseException:
+            self._paused = False
+            raise
+        self._paused = True
 
     async def resume(self) -> None:
-        await self._call("POST", "/resume")
+        """Go on generating after a pause."""
+        await self._connection.call("POST", "/resume")
+        self._paused = False
+        self._clock.answered(time.monotonic())
 
     async def health(self) -> bool:
         """True if the server says within PROBE_TIMEOUT_S that its engine works. EngineDied if it is gone."""
         try:
-            await self._call("GET", "/health", timeout_s=PROBE_TIMEOUT_S)
+            await self._connection.call("GET", "/health", timeout_s=PROBE_TIMEOUT_S)
         except (RequestFailed, TimeoutError):
             return False
         return True
@@ -158,20 +308,27 @@ class EngineClient:
         """Generate one token. A server's first request compiles and allocates, so it takes many times longer
         than others; and an engine that cannot run its model at all shows it here.
         """
-        sampling = {
-            "n": 1,
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "seed": 0,
-            "logprobs": 0,
-            "detokenize": False,
-        }
-        body = {"token_ids": [0], "sampling_params": sampling}
-        await self._call("POST", GENERATE, body, timeout_s=timeout_s)
+        asked = Asked(
+            prompt=[0],
+            numbers=[0],
+            began=[],
+            max_tokens=1,
+            temperature=1.0,
+            top_p=1.0,
+            seed=0,
+            stop_token_ids=[],
+            cache_salt="warm-up",
+        )
+        try:
+            async with asyncio.timeout(timeout_s), aclosing(self._sample(asked)) as frames:
+                async for _ in frames:
+                    pass
+        except TimeoutError as error:
+            raise TimeoutError(f"{self.url} did not generate a first token within {timeout_s:g} s") from error
 
     async def load(self, timeout_s: float = PROBE_TIMEOUT_S) -> ServerLoad:
         """What the server counts about itself. UserError if its statistics are switched off."""
-        text = await self._call("GET", "/metrics", timeout_s=timeout_s)
+        text = await self._connection.call("GET", "/metrics", timeout_s=timeout_s)
         load = parse_load(text)
         if load is None:
             raise UserError(
@@ -185,17 +342,19 @@ class EngineClient:
         later.
         """
         deadline = time.monotonic() + timeout_s
+        pause_s = 0.002
         while True:
             try:
                 return await self.reset_prefix_cache()
             except RequestFailed:
                 if time.monotonic() > deadline:
                     raise
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
 
     async def reset_prefix_cache(self) -> None:
         """Forget cached prefixes. RequestFailed while requests run, for then vLLM keeps the cache."""
-        answer = await self._call("POST", "/reset_prefix_cache")
+        answer = await self._connection.call("POST", "/reset_prefix_cache")
         if not answer["success"]:
             raise RequestFailed(
                 f"{self.url} kept its prefix cache because requests are running; pause or finish them first",
@@ -203,120 +362,21 @@ class EngineClient:
             )
 
     async def init_weight_transfer(self, info: dict[str, Any] | None = None) -> None:
-        await self._call("POST", "/init_weight_transfer_engine", {"init_info": info or {}})
+        """Prepare the server for weight pushes; once after its start."""
+        await self._connection.call("POST", "/init_weight_transfer_engine", {"init_info": info or {}})
 
     async def start_weight_update(self) -> None:
-        await self._call("POST", "/start_weight_update")
+        """Begin a push. What the server held until now is lost with the first chunk."""
+        await self._connection.call("POST", "/start_weight_update")
 
     async def update_weights(self, info: dict[str, Any]) -> None:
         """Hand over one chunk (sync/manifest.py); when this returns the server no longer reads the memory."""
-        await self._call("POST", "/update_weights", {"update_info": info})
+        await self._connection.call("POST", "/update_weights", {"update_info": info})
 
     async def finish_weight_update(self, version: str) -> None:
         """Make the update current. RequestFailed naming every parameter that was not loaded in full."""
-        await self._call("POST", "/finish_weight_update", {"weight_version": version})
+        await self._connection.call("POST", "/finish_weight_update", {"weight_version": version})
 
     async def weight_version(self) -> str:
         """The version of the last finished update; 'default' before the first."""
-        return (await self._call("GET", "/weight_info"))["weight_version"]
-
-    async def _watched(self, body: dict[str, Any]) -> Any:
-        """The answer to a generate request, unless the server stalls first (or the client is closed)."""
-        if self._in_flight == 0:
-            self._clock = ProgressClock(time.monotonic())
-            self._end = asyncio.get_running_loop().create_future()
-            self._watching = asyncio.create_task(self._watch())
-        assert self._end is not None
-        self._in_flight += 1
-        call = asyncio.create_task(self._call("POST", GENERATE, body, timeout_s=None))
-        try:
-            await asyncio.wait({call, self._end}, return_when=asyncio.FIRST_COMPLETED)
-            if call.done():
-                self._clock.answered(time.monotonic())
-                return call.result()
-            return self._end.result()
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0 and self._watching is not None:
-                self._watching.cancel()
-            call.cancel()
-            await asyncio.wait({call})
-            if not call.cancelled():
-                call.exception()  # seen, if another error ends this request
-
-    async def _watch(self) -> None:
-        """Runs while requests are in flight: reads the server's counters, and ends the requests if they stand
-        still.
-        """
-        interval_s = min(POLL_S, self._progress_timeout_s / 5)
-        while True:
-            await asyncio.sleep(interval_s)
-            left_s = self._progress_timeout_s - self._clock.without_progress(time.monotonic())
-            sent, load = self._sent, None
-            try:
-                load = await self.load(min(PROBE_TIMEOUT_S, max(left_s, interval_s)))
-                self._reported = load.sequences, sent
-            except UserError as error:
-                return self._end_requests(error)
-            except (RequestFailed, EngineDied, TimeoutError):
-                pass  # no progress; a connection that breaks ends its request by itself
-            now = time.monotonic()
-            self._clock.observe(load.tokens if load else None, now)
-            if (seconds := self._clock.without_progress(now)) > self._progress_timeout_s:
-                return self._end_requests(
-                    EngineStalled(
-                        f"{self.url} made no token in {seconds:.0f} s, with {self._in_flight} requests in "
-                        f"flight; if it is only slow, raise rollout.progress_timeout_s="
-                        f"{self._progress_timeout_s:g}"
-                    )
-                )
-
-    def _end_requests(self, error: Exception) -> None:
-        if self._end is not None and not self._end.done():
-            self._end.set_exception(error)
-            self._end.exception()  # seen, should no request wait for it
-
-    async def _call(
-        self,
-        method: str,
-        path: str,
-        body: dict[str, Any] | None = None,
-        *,
-        timeout_s: float | None = CALL_TIMEOUT_S,
-    ) -> Any:
-        """JSON or text of the answer. `timeout_s` None: as long as it takes, once there is a connection."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        # After an exception the server drops the connection without saying so, and the next call on it would
-        # look
-        # like the server's death; only generate, of which there are many, reuses connections.
-        headers = {} if path == GENERATE else {"Connection": "close"}
-        try:
-            async with self._open_session().request(
-                method, self.url + path, json=body, headers=headers, timeout=timeout
-            ) as response:
-                if response.status == 200:
-                    as_json = response.content_type == "application/json"
-                    return await response.json() if as_json else await response.text()
-                text = await response.text()
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"{self.url}{path} did not answer within {timeout_s or CONNECT_TIMEOUT_S:g} s"
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            if out_of_files(error):
-                raise UserError(OUT_OF_FILES) from error
-            raise EngineDied(
-                f"the engine at {self.url} is gone ({path}: {type(error).__name__}: {error})"
-            ) from error
-        message = f"{self.url}{path} answered {response.status}: {text[:2000]}"
-        if response.status < 500:
-            raise RequestRefused(message)
-        if response.status == 503 or "EngineDead" in text or "EngineCore encountered" in text:
-            raise EngineDied(message)
-        raise RequestFailed(message, "server_error")
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(headers=self._headers, connector=connector)
-        return self._session
+        return (await self._connection.call("GET", "/weight_info"))["weight_version"]

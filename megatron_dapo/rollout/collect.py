@@ -6,16 +6,17 @@ alike, whatever its verdict and whether it has finished, so that being short or 
 
 - `sampling.max_age=0` (strict): all of it is put back, and sampled anew by the next policy.
 - `sampling.max_age>=1` (aged): all of it stays at its place in the stream. Finished groups are kept, running
-  requests go on, and a later step consumes them.
+  requests go on, and a later step consumes them. Sampling goes on between two steps.
 
-With `rollout.seeded` requests go out in rounds, and each round is waited for: nothing depends on timing.
+With `rollout.seeded` requests go out in rounds, and each round is waited for: nothing depends on timing, and
+nothing runs between two steps.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,9 +24,9 @@ from megatron_dapo.batching.filtering import Window, widened
 from megatron_dapo.config import SamplingConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.need import PassRate, prompts_needed, running_needed
-from megatron_dapo.types import Collected, Group, Prompt
-
-SampleGroup = Callable[[Prompt], Awaitable[Group]]
+from megatron_dapo.rollout.requests import Requests, SampleGroup
+from megatron_dapo.rollout.slots import Slot, saved
+from megatron_dapo.types import Collected, Group, GroupFacts, Partial, Prompt
 
 
 class Prompts(Protocol):
@@ -36,26 +37,13 @@ class SamplingCapReached(UserError):
     """Too few informative groups within sampling.max_prompts."""
 
 
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """One prompt at its place in the stream: it waits (not admitted), runs (has a task) or has its group.
-
-    reported: a step before this one has counted its group as sampled.
-    """
-
-    prompt: Prompt
-    admitted: bool = False
-    task: asyncio.Future[Group] | None = None
-    group: Group | None = None
-    reported: bool = False
-
-
 @dataclass(slots=True)
 class Collector:
     """Collects steps one after another; its state (`state`, `load_state`) survives a restart of the run.
 
-    run_ahead: informative groups of later steps to have under way as well; `sampling.max_age` bounds them.
-    A completion costs amortized constant time: `_slots` is in stream order, and two indices move through it.
+    run_ahead: informative groups of later steps to have under way as well; None: as many as
+    `sampling.max_age` allows. A completion costs amortized constant time: `_slots` is in stream order, and
+    two indices move through it.
     """
 
     prompts: Prompts
@@ -63,14 +51,16 @@ class Collector:
     config: SamplingConfig
     one_round_at_a_time: bool = False
     progress: Callable[[int, int], None] = lambda done, total: None
-    run_ahead: int = 0
-    _slots: list[_Slot] = field(default_factory=list)  # not consumed yet, in stream order, no gaps
+    run_ahead: int | None = None
+    _slots: list[Slot] = field(default_factory=list)  # not consumed yet, in stream order, no gaps
     _pass_rate: PassRate = field(default_factory=PassRate)  # of the steps before
-    _version: int = -1  # of the newest step that was begun
-    _opened_with: dict[str, Any] | None = None  # `state` at the beginning of a step that is not finished
-    _exhausted: bool = False
+    _step: int = 0  # the step that is collected now, or next: the weight version that it trains
+    _weights: int = 0  # version that requests are sampled by from now on
+    _opened_with: tuple[list[Slot], tuple[float, float]] | None = None  # slots and verdicts, see `state`
     _cut_off: bool = False  # requests were given up between two steps
-    # Of the running step:
+    _exhausted: bool = False
+    # Of the step:
+    _begun: bool = False
     _counts: Counter[str] = field(default_factory=Counter)
     _window: Window = field(default_factory=Window)
     _accepted: list[Group] = field(default_factory=list)  # of _slots[:_known]
@@ -82,19 +72,24 @@ class Collector:
     _informative: int = 0  # finished slots in the configured window, wherever they are
     _finished: int = 0
     # Requests:
-    _running: int = 0
-    _again: list[_Slot] = field(default_factory=list)  # admitted, and given up by a failure
-    _done: deque[_Slot] = field(default_factory=deque)  # their tasks have ended, and were not looked at
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _requests: Requests = field(default_factory=Requests)
+    _again: list[Slot] = field(default_factory=list)  # admitted, and given up by a failure
+    _between: asyncio.Task[None] | None = None  # samples on between two steps
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether requests run between two steps, so that `state` has to be told their beginnings."""
+        return self.config.max_age > 0 and not self.one_round_at_a_time
 
     async def collect(self, weight_version: int) -> Collected:
         """Sample until K informative groups are known in order, or the cap or the end of the data.
 
         May be called again after an exception of the sampler or a cancellation: finished groups are kept, the
-        rest is sampled anew. SamplingCapReached when on_cap is 'error'.
+        rest is sampled anew (aged, a cancellation leaves it running). What failed since the step before is
+        raised here. SamplingCapReached when on_cap is 'error'.
         """
-        if self._opened_with is None:
-            self._open_step(weight_version)
+        await self._stop_between()
+        self._open(weight_version)
         try:
             while True:
                 self._take_finished()
@@ -103,8 +98,8 @@ class Collector:
                 if len(self._accepted) == self.config.prompts_per_step:
                     break
                 self._launch()
-                if self._running:
-                    await self._wait()
+                if running := self._requests.number:
+                    await self._requests.ends(running if self.one_round_at_a_time else 1)
                 elif self.config.adaptive and (wider := widened(self._window)):
                     self._window, self._known, self._accepted = wider, 0, []
                 else:
@@ -112,85 +107,144 @@ class Collector:
                     break
             if self.config.max_age == 0:
                 await self._abort(self._slots[self._known :])
-        except BaseException:
-            await self.stop()
+        except BaseException as error:
+            if not (self.is_continuous and isinstance(error, asyncio.CancelledError)):
+                await self.stop()
             raise
-        return self._close_step()
+        collected = self._close_step()
+        if self.is_continuous:
+            self._begin()
+            self._between = asyncio.ensure_future(self._sample_on())
+        return collected
+
+    def weights_changed(self, version: int) -> None:
+        """From now on requests are sampled by this version, and another step may be sampled for."""
+        self._weights = version
+        self._requests.wake()
 
     async def stop(self) -> None:
         """Give up the requests that run; finished groups stay. The next `collect` makes them again."""
+        if self._between is not None:
+            self._between.cancel()
+            await asyncio.gather(self._between, return_exceptions=True)
+        self._between = None
         self._again = await self._abort(self._slots)
         self._cut_off = self._opened_with is None and bool(self._again)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint needs: kept groups, prompts to sample again, the verdicts of recent steps.
+    def state(
+        self, beginnings: Mapping[int, Sequence[Partial]] | None = None, lost: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """What a checkpoint needs: the slots and the verdicts of recent steps.
 
-        A step that was begun and given up counts as not begun. Between two steps, requests that began after
-        the last weight push may be running: their prompts are sampled again, and so are those of them that
-        have finished, for the short ones finish first. For the same reason nothing is kept when requests were
-        given up between two steps.
+        Continuous, the requests that run have `beginnings`, by the prompt's position; `lost` are the engines
+        that did not tell them (slots.py). Nothing finished is kept when requests were given up between two
+        steps. Otherwise a step that was begun and given up counts as not begun.
         """
         if self._opened_with is not None:
-            kept, rate = self._opened_with["carried"], self._opened_with["verdicts"]
-        else:
-            groups = [slot.group for slot in self._slots if slot.group is not None]
-            kept = [group for group in groups if group.weight_version <= self._version and not self._cut_off]
-            rate = self._pass_rate.informative, self._pass_rate.finished
-        positions = {group.prompt.position for group in kept}
-        waiting = [slot.prompt for slot in self._slots if slot.prompt.position not in positions]
-        return {"carried": kept, "waiting": waiting, "verdicts": rate}
+            slots, verdicts = self._opened_with
+            return {
+                "slots": slots + [Slot(s.prompt) for s in self._slots[len(slots) :]],
+                "verdicts": verdicts,
+            }
+        slots = saved(self._slots, beginnings or {}, None if self._cut_off else lost)
+        return {"slots": slots, "verdicts": (self._pass_rate.informative, self._pass_rate.finished)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; nothing may be running. UserError for that of an earlier version."""
-        if "verdicts" not in state:
-            raise UserError(
-                "checkpoint.resume: this checkpoint was written by an earlier version, which collects "
-                "by another rule; start a new run with another run.dir, or go on with that version"
-            )
-        kept = [_Slot(group.prompt, admitted=True, group=group, reported=True) for group in state["carried"]]
-        slots = [*kept, *(_Slot(prompt) for prompt in state["waiting"])]
-        self._slots = sorted(slots, key=lambda slot: slot.prompt.position)
+        """Go on from `state`; nothing may be running. Strict, what an aged run had kept is put back."""
+        self._slots = saved(state["slots"], {}, ())
+        for slot in self._slots:
+            if self.config.max_age == 0:
+                slot.put_back()
+            if isinstance(slot.result, Group):
+                slot.result = self._kept_of(slot.result)
+        self._again = [slot for slot in self._slots if slot.admitted and slot.result is None]
         self._pass_rate = PassRate(*state["verdicts"])
-        self._version = max((group.weight_version for group in state["carried"]), default=-1)
-        self._opened_with, self._again, self._cut_off = None, [], False
+        self._opened_with, self._cut_off, self._begun = None, False, False
 
-    def _open_step(self, weight_version: int) -> None:
-        self._opened_with = self.state()
-        self._version, self._cut_off = weight_version, False
-        self._window = Window(low=self.config.low, high=self.config.high, inclusive=self.config.inclusive)
+    def _open(self, weight_version: int) -> None:
+        self._step = self._weights = weight_version
+        self._cut_off = False
+        if not self._begun:
+            if not self.is_continuous:
+                state = self.state()
+                self._opened_with = state["slots"], state["verdicts"]
+            self._begin()
+
+    def _begin(self) -> None:
+        """The counts of a step begin: when it is opened, or continuous, when the step before is closed."""
+        self._begun = True
+        self._window = self._configured_window()
         self._counts, self._accepted = Counter(), []
         self._known = self._next = self._last = self._launched = self._informative = self._finished = 0
         self._most_running = prompts_needed(self.config.prompts_per_step + self._ahead, self._rate())
         for index, slot in enumerate(self._slots, start=1):
             if slot.admitted:
                 self._last = index
-            if slot.group is not None:
+            if slot.result is not None:
                 self._counts["carried"] += slot.reported
-                self._count_verdict(slot.group)
+                self._count_verdict(slot.result)
 
-    def _verdict(self, group: Group) -> str:
-        return self._window.judge(group.accuracy) if self.config.dynamic else "accepted"
+    async def _sample_on(self) -> None:
+        """Between two steps: take what has finished and launch what the next step can be sampled for."""
+        while True:
+            self._take_finished()
+            self._advance()
+            self._launch()
+            await self._requests.change()
 
-    def _count_verdict(self, group: Group) -> None:
+    async def _stop_between(self) -> None:
+        """End `_sample_on`; raises what it has met."""
+        task, self._between = self._between, None
+        if task is None:
+            return
+        if task.done():
+            await self.stop()
+            return task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def _configured_window(self) -> Window:
+        return Window(low=self.config.low, high=self.config.high, inclusive=self.config.inclusive)
+
+    def _verdict(self, result: Group | GroupFacts) -> str:
+        return self._window.judge(result.accuracy) if self.config.dynamic else "accepted"
+
+    def _kept_of(self, group: Group) -> Group | GroupFacts:
+        """The group, or its facts alone if no window that the step may come to accepts it."""
+        if not self.config.dynamic:
+            return group
+        window: Window | None = self._configured_window()
+        verdict = window.judge(group.accuracy)
+        while window is not None:
+            if window.judge(group.accuracy) == "accepted":
+                return group
+            window = widened(window) if self.config.adaptive else None
+        return GroupFacts.of(group, verdict)
+
+    def _count_verdict(self, result: Group | GroupFacts) -> None:
         self._finished += 1
-        self._informative += self._verdict(group) == "accepted"
+        self._informative += self._verdict(result) == "accepted"
 
     def _advance(self) -> None:
         """Judge the finished beginning of the stream, up to the K-th accepted group."""
         while self._known < len(self._slots) and len(self._accepted) < self.config.prompts_per_step:
-            group = self._slots[self._known].group
-            if group is None:
+            result = self._slots[self._known].result
+            if result is None:
                 break
-            if self._verdict(group) == "accepted":
-                self._accepted.append(group)
+            if self._verdict(result) == "accepted":
+                assert isinstance(result, Group)
+                self._accepted.append(result)
             self._known += 1
 
     # --- need
 
     @property
     def _ahead(self) -> int:
-        """Admission by age: what is launched now is consumed at most max_age steps after this one."""
-        return min(self.run_ahead, self.config.max_age * self.config.prompts_per_step)
+        """Informative groups to have under way beyond those of one step."""
+        if not self.is_continuous:
+            return 0
+        within = self.config.max_age * self.config.prompts_per_step
+        return within if self.run_ahead is None else min(self.run_ahead, within)
 
     def _rate(self) -> float:
         """The pass rate to launch by: of earlier steps, and of what is known of this one in stream order.
@@ -201,8 +255,13 @@ class Collector:
         return self._pass_rate.optimistic(len(self._accepted), self._known)
 
     def _wanted(self) -> int:
-        """Prompts to launch now, beyond those that run."""
-        goal, rate = self.config.prompts_per_step + self._ahead, self._rate()
+        """Prompts to launch now, beyond those that run.
+
+        Admission by age: what is launched now is consumed at most max_age steps after the step that its
+        weights are the newest for. Between two steps, before the push, that is one step less.
+        """
+        steps = self._weights - self._step + 1  # of the step and those before it that the weights are for
+        goal, rate = max(0, steps) * self.config.prompts_per_step + self._ahead, self._rate()
         behind = self._finished - self._known  # finished, behind a prompt that has not
         running = running_needed(
             goal=goal,
@@ -210,13 +269,13 @@ class Collector:
             accepted=len(self._accepted),
             informative=self._informative,
             behind=behind,
-            running=self._running,
+            running=self._requests.number,
         )
         running = min(running, self._most_running)
         if self.config.max_age and self.config.dynamic:
-            within = (1 + self.config.max_age) * self.config.prompts_per_step - self._informative
+            within = (steps + self.config.max_age) * self.config.prompts_per_step - self._informative
             running = min(running, int(within / self._pass_rate.mean(len(self._accepted), self._known)))
-        return running - self._running
+        return running - self._requests.number
 
     # --- requests
 
@@ -225,11 +284,11 @@ class Collector:
 
         Prompts that wait before an admitted one are needed whatever the estimate says.
         """
-        if self.one_round_at_a_time and self._running:
+        if self.one_round_at_a_time and self._requests.number:
             return
         again, self._again = self._again, []
         for slot in again:
-            self._start(slot)
+            self._requests.start(slot, self.sample)
         if again and self.one_round_at_a_time:
             return
         wanted = self._wanted()
@@ -243,70 +302,36 @@ class Collector:
                 if prompt is None:
                     self._exhausted = True
                     return
-                self._slots.append(_Slot(prompt))
+                self._slots.append(Slot(prompt))
             slot = self._slots[self._next]
             slot.admitted = True
             self._last = max(self._last, self._next + 1)
             self._launched += 1
             wanted -= 1
-            self._start(slot)
-
-    def _start(self, slot: _Slot) -> None:
-        def ended(task: asyncio.Future[Group]) -> None:
-            if slot.task is task:
-                self._done.append(slot)
-                self._wake.set()
-
-        slot.task = asyncio.ensure_future(self.sample(slot.prompt))
-        slot.task.add_done_callback(ended)
-        self._running += 1
-
-    async def _wait(self) -> None:
-        """Until a request has ended; in rounds, until all have."""
-        while len(self._done) < (self._running if self.one_round_at_a_time else 1):
-            self._wake.clear()
-            await self._wake.wait()
+            self._requests.start(slot, self.sample)
 
     def _take_finished(self) -> None:
         """Put the groups of ended requests into their slots; raises the first failure among them."""
         failed: BaseException | None = None
-        while self._done:
-            error = self._take(self._done.popleft())
-            failed = failed or error
+        for slot, result in self._requests.take():
+            if isinstance(result, BaseException):
+                failed = failed or result
+            else:
+                self._fill(slot, result)
         if failed is not None:
             raise failed
 
-    def _take(self, slot: _Slot) -> BaseException | None:
-        """Put the group of an ended request into its slot, or return why there is none."""
-        task, slot.task = slot.task, None
-        assert task is not None
-        self._running -= 1
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is None:
-            slot.group = task.result()
-            self._count_verdict(slot.group)
-        return error
+    def _fill(self, slot: Slot, group: Group) -> None:
+        slot.result, slot.began = self._kept_of(group), ()
+        self._count_verdict(slot.result)
 
-    async def _abort(self, slots: Sequence[_Slot]) -> list[_Slot]:
+    async def _abort(self, slots: Sequence[Slot]) -> list[Slot]:
         """Cancel the requests of these slots (the engine drops them), but take those that have ended; the
         admitted slots that have no group.
         """
-        tasks = []
-        for slot in slots:
-            if slot.task is None:
-                continue
-            if slot.task.done():
-                self._take(slot)
-            else:
-                tasks.append(slot.task)
-                slot.task = None
-                self._running -= 1
-        self._done = deque(slot for slot in self._done if slot.task is not None)
-        without = [slot for slot in slots if slot.admitted and slot.group is None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        return without
+        for slot, group in await self._requests.cancel(slots):
+            self._fill(slot, group)
+        return [slot for slot in slots if slot.admitted and slot.result is None]
 
     # --- the end of a step
 
@@ -314,7 +339,7 @@ class Collector:
         accepted = len(self._accepted)
         if self._exhausted or (accepted and self.config.on_cap == "train_smaller_batch"):
             return
-        finished = Counter(Window().judge(slot.group.accuracy) for slot in self._slots if slot.group)
+        finished = Counter(Window().judge(slot.result.accuracy) for slot in self._slots if slot.result)
         raise SamplingCapReached(
             f"only {accepted} of sampling.prompts_per_step={self.config.prompts_per_step} groups are "
             f"informative after "
@@ -328,32 +353,39 @@ class Collector:
         treat all that is behind alike.
         """
         consumed, behind = self._slots[: self._known], self._slots[self._known :]
-        sampled = tuple(slot.group for slot in self._slots if slot.group and not slot.reported)
-        counts, configured = self._counts, 0
+        sampled = tuple(
+            GroupFacts.of(slot.result, self._verdict(slot.result))
+            if isinstance(slot.result, Group)
+            else slot.result
+            for slot in self._slots
+            if slot.result is not None and not slot.reported
+        )
+        counts, configured, base = self._counts, 0, self._configured_window()
         counts["groups_sampled"] = len(sampled)
-        base = Window(low=self.config.low, high=self.config.high, inclusive=self.config.inclusive)
         for slot in consumed:
-            assert slot.group is not None
-            verdict = self._verdict(slot.group)
+            assert slot.result is not None
+            verdict = self._verdict(slot.result)
             counts["groups_accepted" if verdict == "accepted" else verdict] += 1
-            configured += base.judge(slot.group.accuracy) == "accepted"
-        ages = [self._version - group.weight_version for group in self._accepted]
+            configured += base.judge(slot.result.accuracy) == "accepted"
+        ages = [self._step - group.weight_version for group in self._accepted]
         counts["overdue"] = sum(age > self.config.max_age for age in ages)
         for slot in behind:
             if not slot.admitted:
                 continue
             if self.config.max_age == 0:
-                counts["aborted" if slot.group is None else "surplus_dropped"] += 1
-                slot.admitted, slot.group = False, None
+                counts["aborted" if slot.result is None else "surplus_dropped"] += 1
+                slot.put_back()
             else:
-                counts["left_running" if slot.group is None else "carried_over"] += 1
-                slot.reported = slot.group is not None
+                counts["left_running" if slot.result is None else "carried_over"] += 1
+                slot.reported = slot.result is not None
         self._pass_rate.end_step(configured, len(consumed))
-        self._slots, self._opened_with = behind, None
-        self._again = [slot for slot in self._again if slot.admitted and slot.task is None]
-        return Collected(
+        collected = Collected(
             groups=tuple(self._accepted),
             sampled=sampled,
             counts=dict(counts),
             exhausted=self._exhausted and not behind,
         )
+        self._slots, self._opened_with, self._begun = behind, None, False
+        self._accepted, self._step = [], self._step + 1
+        self._again = [slot for slot in self._again if slot.admitted and slot.task is None]
+        return collected

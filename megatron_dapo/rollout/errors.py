@@ -31,6 +31,10 @@ class RequestFailed(RuntimeError):
 class RequestRefused(UserError):
     """The server refuses the request as it is (4xx): another server would too."""
 
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 def out_of_files(error: BaseException) -> bool:
     """Whether a connection failed because this process (or host) has no file descriptor left."""

@@ -8,6 +8,7 @@ Everything here runs inside one event loop (service.py).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed
-from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, RestartBudget
+from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, Request, RestartBudget
 from megatron_dapo.rollout.router import Router
-from megatron_dapo.types import Completion
+from megatron_dapo.types import Completion, Partial
 
 MAX_FAILURES = 3  # of one request, before it ends the run
 LAST_LOOKS, LOOK_S = 20, 0.1  # a server whose engine has died gets 2 s to write its last words into the log
@@ -52,6 +53,8 @@ class Fleet:
         self._rollout, self._connect, self._message = rollout, connect, message
         self._budget = RestartBudget(rollout.max_restarts, clock)
         self._tasks: set[asyncio.Task[None]] = set()  # replicas on their way up or down
+        self._in_flight: dict[str, Request] = {}  # those with a key, by the id that their server knows
+        self._numbers = itertools.count()
 
     # --- starting and ending
 
@@ -86,25 +89,44 @@ class Fleet:
     # --- requests
 
     async def generate(
-        self, prompt_tokens: Sequence[int], *, n: int, seed_of: Callable[[int], int | None], **options: Any
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        n: int,
+        seed_of: Callable[[int], int | None],
+        key: int | None = None,
+        begins: Callable[[str], None] = lambda engine: None,
+        **options: Any,
     ) -> list[Completion]:
         """`n` completions of one prompt from the least loaded replica that has the weights
-        (EngineClient.generate). `seed_of` gives the seed by the weight version that samples.
+        (EngineClient.generate). `seed_of` gives the seed by the weight version that samples. `key` names the
+        request for `partials`; those without one go before the others that wait for room.
 
-        A request that fails is sent again, to a replica that it did not fail on if there is one.
-        EngineFailure after MAX_FAILURES of its own (an engine that dies or hangs is the engine's failure), or
-        when too few engines live.
+        A request that fails is made again in full, on a replica that it did not fail on if there is one: to
+        keep the completions that it had ended would prefer short ones. `begins` is called with the replica's
+        name before each attempt. EngineFailure after MAX_FAILURES of its own (an engine that dies or hangs is
+        the engine's failure), or when too few engines live.
         """
         failures: dict[str, RequestFailed] = {}
         num_failures = 0
         while True:
-            replica = await self.router.acquire(n, avoid=failures)
+            replica = await self.router.acquire(n, avoid=failures, first=key is None)
             client, version = replica.client, replica.version
+            request_id = None
             try:
                 if client is None or version is None:  # it failed between the grant and now
                     continue
+                if key is not None:
+                    request_id = f"{key}-{next(self._numbers)}"
+                    self._in_flight[request_id] = Request(key, replica.name, client)
+                begins(replica.name)
                 return await client.generate(
-                    prompt_tokens, n=n, weight_version=version, seed=seed_of(version), **options
+                    prompt_tokens,
+                    n=n,
+                    weight_version=version,
+                    seed=seed_of(version),
+                    request_id=request_id,
+                    **options,
                 )
             except RequestFailed as error:
                 self.request_failures[error.reason] += 1
@@ -122,7 +144,33 @@ class Fleet:
                 self.request_failures["engine_stalled" if stalled else "engine_died"] += 1
                 self._fail(replica, client, "generating", error)
             finally:
+                if request_id is not None:
+                    del self._in_flight[request_id]
                 self.router.release(replica, n)
+
+    def engines_of_requests(self) -> dict[int, str]:
+        """The replica's name of each request with a key that is in flight."""
+        return {request.key: request.engine for request in self._in_flight.values()}
+
+    async def partials(self) -> tuple[dict[int, tuple[Partial, ...]], set[str]]:
+        """The beginnings of the requests in flight that have a key, by key, and the replicas that do not tell
+        theirs. Requests that are on their way to a replica, or whose answer is on its way, are missing.
+        """
+        asked = dict(self._in_flight)
+        found, silent = dict[int, tuple[Partial, ...]](), set[str]()
+
+        async def of(engine: str, client: Client) -> None:
+            try:
+                async with asyncio.timeout(self._rollout.progress_timeout_s):
+                    told = await client.partials()
+            except ENGINE_ERRORS:
+                silent.add(engine)
+            else:
+                found.update({asked[name].key: began for name, began in told.items() if name in asked})
+
+        clients = {request.engine: request.client for request in asked.values()}
+        await asyncio.gather(*(of(engine, client) for engine, client in clients.items()))
+        return found, silent
 
     # --- weights
 
@@ -134,19 +182,31 @@ class Fleet:
                 replica.state = ReplicaState.STALE
         self.router.dispatch()
 
-    async def pause(self) -> None:
-        """Send no more requests; return when no replica has one in flight, here or on its server."""
+    async def pause(self, *, keep: bool = False) -> None:
+        """Send no more requests; return when no replica has one in flight, here or on its server. `keep`:
+        when all stand still instead, with the requests that they have.
+        """
         self.router.paused = True
         for replica in self.replicas:
             if replica.state is ReplicaState.READY:
                 replica.state = ReplicaState.DRAINING
+        if keep:
+            limit_s = self._rollout.progress_timeout_s
+            return await self._on_each(
+                self._with_clients(), "being paused", lambda client: client.pause("keep"), limit_s
+            )
         await self.router.until(
             lambda: not any(replica.in_flight for replica in self.replicas), raise_the_end=False
         )
         await self._on_each(self._with_clients(), "draining", lambda client: client.wait_idle())
 
-    def resume(self) -> None:
-        """Send requests again, to the replicas that hold the weights."""
+    async def resume(self, *, kept: bool = False) -> None:
+        """Send requests again, to the replicas that hold the weights. `kept`: the replicas go on with what
+        `pause(keep=True)` left them.
+        """
+        if kept:
+            limit_s = self._rollout.progress_timeout_s
+            await self._on_each(self._with_clients(), "going on", lambda client: client.resume(), limit_s)
         self.router.paused = False
         for replica in self.replicas:
             if replica.state is ReplicaState.DRAINING:
@@ -295,13 +355,20 @@ class Fleet:
         return [replica for replica in self.replicas if replica.client is not None]
 
     async def _on_each(
-        self, replicas: Sequence[Replica], phase: str, what: Callable[[Client], Awaitable[Any]]
+        self,
+        replicas: Sequence[Replica],
+        phase: str,
+        what: Callable[[Client], Awaitable[Any]],
+        limit_s: float | None = None,
     ) -> None:
-        """Run `what` on the clients of these replicas at once; a replica on which it raises has failed."""
+        """Run `what` on the clients of these replicas at once; a replica on which it raises, or takes longer
+        than `limit_s`, has failed.
+        """
 
         async def on(replica: Replica, client: Client) -> None:
             try:
-                await what(client)
+                async with asyncio.timeout(limit_s):
+                    await what(client)
             except ENGINE_ERRORS as error:
                 self._fail(replica, client, phase, error)
 

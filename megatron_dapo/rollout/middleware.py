@@ -1,5 +1,5 @@
-"""The run's token on every path of a vLLM server but /health. Imported by the server (`--middleware`), so it
-stays light.
+"""The run's token on every path of a vLLM server but /health, and the way to our own route (route.py).
+Imported by the server (`--middleware`), so it stays light.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from megatron_dapo.environment import TOKEN_VARIABLE
 
 OPEN_PATHS = frozenset({"/health"})
+OWN_PATHS = "/megatron_dapo/"
 REFUSAL = b'{"error": "this server belongs to a training run; send its token as Authorization: Bearer"}'
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -19,7 +20,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 class RunToken:
     """ASGI middleware: 401 unless the request carries `Authorization: Bearer <token>` (websockets are refused
-    alike).
+    alike). Requests for paths below OWN_PATHS go to our route, all others to vLLM.
     """
 
     def __init__(self, app: App) -> None:
@@ -30,10 +31,12 @@ class RunToken:
             )
         self._app = app
         self._expected = f"Bearer {token}".encode()
+        self._route: App | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._authorized(scope):
-            await self._app(scope, receive, send)
+            is_ours = scope["type"] == "http" and scope["path"].startswith(OWN_PATHS)
+            await (self._own_route() if is_ours else self._app)(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -47,3 +50,11 @@ class RunToken:
     def _authorized(self, scope: Any) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+    def _own_route(self) -> App:
+        """Made for its first request, when vLLM is loaded."""
+        if self._route is None:
+            from megatron_dapo.rollout.route import TokenRoute
+
+            self._route = TokenRoute()
+        return self._route

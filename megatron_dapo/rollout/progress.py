@@ -6,7 +6,11 @@ that its counters move: tokens generated, prompt tokens read.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 GENERATED, PROMPT = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
@@ -55,3 +59,38 @@ class ProgressClock:
     def without_progress(self, now: float) -> float:
         """Seconds since the last progress."""
         return now - self._moved_at
+
+
+class InFlight:
+    """The requests in flight of one client, all of which can be ended with an error at once."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._errors: dict[asyncio.Task[Any], Exception] = {}
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """A request of the current task. If `end` is called meanwhile, this raises its error."""
+        task = asyncio.current_task()
+        assert task is not None and task not in self._tasks, "one request at a time in a task"
+        cancels = task.cancelling()
+        self._tasks.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            error = self._errors.get(task)
+            if error is None or task.uncancel() > cancels:  # the caller's own cancellation goes first
+                raise
+            raise error from None
+        finally:
+            self._tasks.discard(task)
+            self._errors.pop(task, None)
+
+    def end(self, error: Exception) -> None:
+        """End every request that is in flight now."""
+        for task in self._tasks - self._errors.keys():
+            self._errors[task] = error
+            task.cancel()

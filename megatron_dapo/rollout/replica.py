@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
-from megatron_dapo.types import Completion
+from megatron_dapo.types import Completion, Partial
 
 HOUR_S = 3600.0
 
@@ -29,6 +29,9 @@ class Client(Protocol):
     @property
     def generate(self) -> Callable[..., Awaitable[list[Completion]]]: ...
     def sequences_on_server(self) -> int | None: ...
+    async def partials(self) -> Mapping[str, tuple[Partial, ...]]: ...
+    async def pause(self, mode: Literal["abort", "wait", "keep"] = "wait") -> None: ...
+    async def resume(self) -> None: ...
     async def health(self) -> bool: ...
     async def warm_up(self, timeout_s: float) -> None: ...
     async def init_weight_transfer(self) -> None: ...
@@ -40,7 +43,7 @@ class ReplicaState(StrEnum):
     STARTING = "starting"  # its server comes up
     READY = "ready"  # it holds the weights that may be sampled from, and takes requests
     STALE = "stale"  # it is up and holds other weights: those of the model folder, or an older version
-    DRAINING = "draining"  # a push is due: it takes no request, and ends those it has
+    DRAINING = "draining"  # a push is due: it takes no request, and ends those it has or stands still
     DEAD = "dead"  # it failed, and is about to be replaced or left out
 
 
@@ -71,6 +74,15 @@ class Replica:
         """
         on_server = self.client.sequences_on_server() if self.client is not None else None
         return self.in_flight if on_server is None else min(self.in_flight, on_server + self.unsent)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request in flight on a replica; `key` is what the caller knows it by."""
+
+    key: int
+    engine: str
+    client: Client
 
 
 class RestartBudget:

@@ -33,18 +33,27 @@ class Router:
         self.paused = False
         self._replicas, self._max_concurrency = replicas, max_concurrency
         self._waiting: deque[_Waiting] = deque()
+        self._first: deque[_Waiting] = deque()  # are served before those in `_waiting`
         self._changes: set[asyncio.Future[None]] = set()  # one for each `until` that waits
         self._fatal: BaseException | None = None
 
-    async def acquire(self, sequences: int, avoid: Collection[str]) -> Replica:
-        """A replica with room for `sequences` more, which counts them as its own until `release`."""
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for room."""
+        return len(self._first) + len(self._waiting)
+
+    async def acquire(self, sequences: int, avoid: Collection[str], *, first: bool = False) -> Replica:
+        """A replica with room for `sequences` more, which counts them as its own until `release`. `first`:
+        the queue of the others is behind it.
+        """
         if self._fatal is not None:
             raise self._fatal
         waiting = _Waiting(sequences, avoid, asyncio.get_running_loop().create_future())
+        queue = self._first if first else self._waiting
         if avoid:
-            self._waiting.appendleft(waiting)  # it was sent before and failed
+            queue.appendleft(waiting)  # it was sent before and failed
         else:
-            self._waiting.append(waiting)
+            queue.append(waiting)
         self.dispatch()
         try:
             replica = await waiting.granted
@@ -66,8 +75,8 @@ class Router:
         """Give room to the requests that wait, the longest first. To be called whenever there may be more of
         it.
         """
-        while self._waiting and not self.paused:
-            waiting = self._waiting[0]
+        while (queue := self._first or self._waiting) and not self.paused:
+            waiting = queue[0]
             if not waiting.granted.done():
                 replica = self._replica_for(waiting)
                 if replica is None:
@@ -75,10 +84,11 @@ class Router:
                 replica.in_flight += waiting.sequences
                 replica.unsent += waiting.sequences
                 waiting.granted.set_result(replica)
-            self._waiting.popleft()
+            queue.popleft()
         states = {replica.state for replica in self._replicas}
         serving = states & {ReplicaState.READY, ReplicaState.DRAINING}
-        if self._waiting and not self.paused and not serving and ReplicaState.STALE in states:
+        waits = bool(self._first or self._waiting)
+        if waits and not self.paused and not serving and ReplicaState.STALE in states:
             self.weights_needed.set()
         else:
             self.weights_needed.clear()
@@ -86,8 +96,8 @@ class Router:
     def end(self, error: BaseException) -> None:
         """No request can be answered any more: all that wait, and all that come, raise `error`."""
         self._fatal = self._fatal or error
-        while self._waiting:
-            waiting = self._waiting.popleft()
+        while queue := self._first or self._waiting:
+            waiting = queue.popleft()
             if not waiting.granted.done():
                 waiting.granted.set_exception(self._fatal)
         self.notify()

@@ -114,6 +114,13 @@ class EngineServer:
                 start_new_session=True,
             )
 
+    def cpu_seconds(self) -> float:
+        """Processor time of the API process alone (the engine core and the workers are its children)."""
+        if self._process is None:
+            raise ValueError(f"engine {self.index} does not run")
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
+
     def poll(self) -> int | None:
         """None while the server runs, else its exit code (minus the signal's number if one killed it); 0 when
         it was stopped.

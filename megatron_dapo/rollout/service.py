@@ -1,9 +1,7 @@
-"""Rollouts as the trainer's main thread sees them: blocking calls; the work goes on in an event loop on a
-thread of its own.
+"""Rollouts as the trainer's main thread sees them: blocking calls; the work (rollouts.py) goes on in an event
+loop on a thread of its own, also while the trainer trains.
 
-The service owns the engines (fleet.py), the collector of training groups (collect.py) and what samples a
-group (sample.py). It never sees the report or the weights: weights are pushed by sync/, through the five
-methods at the end.
+Weights are pushed by sync/, through the methods in the middle.
 """
 
 from __future__ import annotations
@@ -13,41 +11,35 @@ import concurrent.futures
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.client import EngineClient, file_descriptors_needed
-from megatron_dapo.rollout.collect import Collector, Prompts
 from megatron_dapo.rollout.files import raise_file_limit
 from megatron_dapo.rollout.fleet import ENGINE_ERRORS, EngineFailure, Fleet
 from megatron_dapo.rollout.replica import Replica
-from megatron_dapo.rollout.sample import EvaluationSampling, Grade, GroupSampler
+from megatron_dapo.rollout.rollouts import Prompts, Rollouts
+from megatron_dapo.rollout.sample import EvaluationSampling, Grading
 from megatron_dapo.rollout.server import EngineServer, digest_folder, make_server
 from megatron_dapo.types import Collected, Group, Prompt
 
 T = TypeVar("T")
 SIGNAL_POLL_S = 0.2  # how often the waiting main thread lets Python run signal handlers
-
-
-class StopRequested(Exception):
-    """`interrupt` was called: the running step is given up, everything finished before it is kept."""
-
-
-class WeightsNeeded(Exception):
-    """No replica holds the weights that requests wait for, though some are up. Push the weights and call
-    again: what was finished is kept.
-    """
+WATCH_S = 0.25  # how often `watch` is told how the engines are
+Watch = Callable[[Mapping[str, str], Mapping[str, int], int], None]
 
 
 class RolloutService:
     """The rollout side of rank 0. Call its methods from one thread; `interrupt` from a signal handler.
 
-    grade: turns the completions of a prompt into a Group. progress: called with (accepted groups, groups of a
-    step). message: called with a sentence for the console. All three are called on the service's own thread.
-    fleet: the engines; made from the configuration unless a test hands one in.
+    grading: turns completions into groups. progress: called with (accepted groups, groups of a step).
+    message: called with a sentence for the console. watch: called every WATCH_S with the states of the
+    engines and the sequences that each runs, by name, and the number of requests that wait for room. All are
+    called on the service's own thread. fleet: the engines; made from the configuration unless a test hands
+    one in.
     """
 
     def __init__(
@@ -57,33 +49,26 @@ class RolloutService:
         folder: Path,
         stop_token_ids: Sequence[int],
         prompts: Prompts,
-        grade: Grade,
+        grading: Grading,
         progress: Callable[[int, int], None] = lambda done, total: None,
         message: Callable[[str], None] = print,
+        watch: Watch = lambda states, running, waiting: None,
         fleet: Fleet | None = None,
     ) -> None:
-        self._config = config
+        self._config, self._watch = config, watch
         self._token = secrets.token_urlsafe(16)
         self.fleet = fleet or _make_fleet(config, folder, self._token, message)
-        self._sampler = GroupSampler(
-            generate=self.fleet.generate,
-            grade=grade,
-            run_seed=config.run.seed,
-            seeded=config.rollout.seeded,
-            options={"max_tokens": config.rollout.max_tokens, "stop_token_ids": tuple(stop_token_ids)},
-        )
-        self.collector = Collector(
+        self.rollouts = Rollouts(
+            config,
+            fleet=self.fleet,
             prompts=prompts,
-            sample=self._sample_to_train,
-            config=config.sampling,
-            one_round_at_a_time=config.rollout.seeded,
+            grading=grading,
+            stop_token_ids=stop_token_ids,
             progress=progress,
         )
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
-        self._stopping = False
-        self._task: asyncio.Task[Any] | None = None  # what next_step, submit or wait_ready waits for
-        self._task_name = ""
+        self._watching: asyncio.Task[None] | None = None
 
     # --- life
 
@@ -94,21 +79,22 @@ class RolloutService:
         raise_file_limit(file_descriptors_needed(self._config.rollout))
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
-        self._run(self.fleet.start())
+        self._run(self._start())
 
     def wait_ready(self) -> None:
         """Wait until every engine has come up or failed to. EngineFailure below rollout.min_engines;
         StopRequested.
         """
-        self._run(self._result("start", self.fleet.wait_ready))
+        self._run(self.rollouts.wait_ready())
 
     def interrupt(self) -> None:
         """End the call that waits now, and every later one, with StopRequested. For signal handlers: returns
         at once.
         """
-        self._stopping = True
         if self._thread is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cancel_task)
+            self._loop.call_soon_threadsafe(self.rollouts.interrupt)
+        else:
+            self.rollouts.interrupt()
 
     def close(self) -> None:
         """Stop the engines, whatever state they are in, and the thread. May be called twice, and before
@@ -125,40 +111,24 @@ class RolloutService:
     # --- sampling
 
     def next_step(self, version: int) -> Collected:
-        """The groups of the next step, sampled by weight version `version` or carried over (collect.py).
-
-        StopRequested after `interrupt`; WeightsNeeded; EngineFailure and SamplingCapReached (UserErrors).
+        """The groups of the next step (Rollouts.next_step). StopRequested after `interrupt`; WeightsNeeded;
+        EngineFailure and SamplingCapReached (UserErrors).
         """
-
-        async def collect() -> Collected:
-            self.fleet.expect(version)
-            self.fleet.restart_dead()
-            return await self.collector.collect(version)
-
-        return self._run(self._result(f"step {version}", collect))
+        return self._run(self.rollouts.next_step(version))
 
     def submit(self, prompts: Sequence[Prompt], sampling: EvaluationSampling | None = None) -> list[Group]:
         """Sample and grade every prompt at once, by the newest weights; the groups in the order of the
-        prompts.
-
-        `sampling`: default the configuration's. Raises what `next_step` raises.
+        prompts. Raises what `next_step` raises.
         """
-        options = self._config.evaluation
-        chosen = sampling or EvaluationSampling(
-            n=options.samples, temperature=options.temperature, top_p=options.top_p
-        )
-
-        async def sample_all() -> list[Group]:
-            return await _all([self._sampler.to_evaluate(prompt, chosen) for prompt in prompts])
-
-        return self._run(self._result("evaluation", sample_all))
+        return self._run(self.rollouts.submit(prompts, sampling))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the collector; a step that was given up counts as not begun."""
-        return self.collector.state()
+        """What a checkpoint keeps of the rollouts and the prompt stream."""
+        return self._run(self.rollouts.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.collector.load_state(state)
+        """Go on from `state`; before `start`."""
+        self.rollouts.load_state(state)
 
     @property
     def request_failures(self) -> Counter[str]:
@@ -173,7 +143,7 @@ class RolloutService:
 
     @contextmanager
     def paused(self) -> Iterator[RolloutService]:
-        """Nothing is in flight on any replica inside the block."""
+        """No engine computes anything inside the block."""
         self.pause()
         try:
             yield self
@@ -181,16 +151,11 @@ class RolloutService:
             self.resume()
 
     def pause(self) -> None:
-        """Send no more requests; return when none is in flight on any replica. With sampling.max_age >= 1
-        that takes as long as the longest request that the last step left running; after `interrupt` those
-        are given up.
-        """
-        if self._stopping:
-            self._run(self.collector.stop())
-        self._run(self.fleet.pause())
+        """Send no more requests, and return when a push may begin (Rollouts.pause)."""
+        self._run(self.rollouts.pause())
 
     def resume(self) -> None:
-        self._run(_soon(self.fleet.resume))
+        self._run(self.rollouts.resume())
 
     def push_targets(self) -> list[str]:
         """Names of the replicas that are healthy now."""
@@ -241,9 +206,16 @@ class RolloutService:
 
     # --- the loop
 
-    async def _sample_to_train(self, prompt: Prompt) -> Group:
-        n, temperature = self._config.sampling.samples_per_prompt, self._config.rollout.temperature
-        return await self._sampler.to_train(prompt, n=n, temperature=temperature)
+    async def _start(self) -> None:
+        await self.rollouts.start()
+        self._watching = asyncio.create_task(self._tell())
+
+    async def _tell(self) -> None:
+        """Tell `watch` how the engines are, as long as the service lives."""
+        while True:
+            running = {replica.name: replica.load() for replica in self.fleet.replicas}
+            self._watch(self.replica_states(), running, self.fleet.router.num_waiting)
+            await asyncio.sleep(WATCH_S)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the service's loop and wait for it."""
@@ -255,40 +227,11 @@ class RolloutService:
             pass  # a signal that another thread received is handled here, in the main thread
         return future.result()
 
-    async def _result(self, name: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """The result of a task that outlives WeightsNeeded: the next call of the same name waits for it
-        again.
-        """
-        if self._task is None and not self._stopping:
-            self._task, self._task_name = asyncio.create_task(make()), name
-        task = self._task
-        if task is None:
-            raise StopRequested
-        assert name == self._task_name, f"{name} while {self._task_name} is not finished"
-        needed = asyncio.create_task(self.fleet.router.weights_needed.wait())
-        try:
-            await asyncio.wait({task, needed}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            needed.cancel()
-        if self._stopping:
-            await asyncio.wait({task})  # `interrupt` has cancelled it; the collector gives the step up
-        if not task.done():
-            raise WeightsNeeded
-        self._task = None
-        if task.cancelled():
-            raise StopRequested
-        return task.result()
-
-    def _cancel_task(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
     async def _shut_down(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-        await self.collector.stop()
-        await self.fleet.close()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self.rollouts.stop()
         await asyncio.get_running_loop().shutdown_default_executor()
 
 
@@ -311,14 +254,3 @@ def _make_fleet(config: RunConfig, folder: Path, token: str, message: Callable[[
 async def _soon(act: Callable[[], None]) -> None:
     """A plain call, on the loop's thread."""
     act()
-
-
-async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order; when one raises, the others are cancelled and ended before it is raised here."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

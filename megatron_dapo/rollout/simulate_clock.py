@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,20 @@ T = TypeVar("T")
 
 class NothingToWaitFor(RuntimeError):
     """Every task of the loop waits for another one and no timer is set: on a real loop this would hang."""
+
+
+class Meter:
+    """CPU seconds of the simulated part of the program, to be taken off what the controller used."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.process_time() - self._began
 
 
 class _Selector(selectors.DefaultSelector):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
@@ -101,14 +101,19 @@ KNOWN: dict[str, tuple[ModelFacts, Hardware]] = {
 class Fault:
     """What happens to engine number `engine`, `at_s` seconds after the first step has begun.
 
-    death: its process ends. stall: it makes no more tokens, and answers. slow: it decodes `factor` times
-    slower. A restart mends all three.
+    death: its process ends; `starts_fail` of its next starts fail, and then `warm_ups_fail` of the servers
+    that come up end at their first request (out of memory). stall: it makes no more tokens, and answers.
+    slow: it decodes `factor` times slower. failing: a `share` of the requests sent to it fails. A restart
+    mends all of them.
     """
 
     engine: int
-    kind: str
+    kind: Literal["death", "stall", "slow", "failing"]
     at_s: float
     factor: float = 10.0
+    starts_fail: int = 0
+    warm_ups_fail: int = 0
+    share: float = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +122,10 @@ class Profile:
 
     tokens_per_second: of one engine, all running sequences together, by their number. kv_tokens: what its
     cache holds. prefill_tokens_per_second: prompt tokens read. train_tokens_per_second: prompt and response
-    tokens, of the whole policy. sync_s: one weight push to all engines. start_s: of a server.
+    tokens, of the whole policy. sync_s: one weight push to all engines. start_s: of a server. request_s: of
+    one request outside the engine. grade_s: of a response. rollout_s: of a step's rollout when all is graded
+    (packing). train_s: of an update phase, beside its tokens. colocated: engines and policy share GPUs, so
+    engines sleep while the policy trains and while weights are pushed.
     """
 
     tokens_per_second: Mapping[int, float]
@@ -127,6 +135,11 @@ class Profile:
     sync_s: float
     train_tokens_per_second: float
     prompt_tokens: int = 200
+    request_s: float = 0.0
+    grade_s: float = 0.0
+    rollout_s: float = 0.0
+    train_s: float = 0.0
+    colocated: bool = False
     faults: tuple[Fault, ...] = ()
 
     def __post_init__(self) -> None:
@@ -180,6 +193,8 @@ def plan(config: RunConfig) -> Profile:
         )
     model, hardware = KNOWN[name]
     gpus, layout = config.rollout.tensor_parallel, config.layout
+    # Forward and backward pass; one more forward pass for the old log-probabilities of several updates
+    flops_per_param = 6 if config.batch.updates_per_step == 1 else 8
     ranks = layout.tensor_parallel * layout.pipeline_parallel * layout.context_parallel * layout.data_parallel
     if hardware is TWO_CORES:
         ranks = gpus = 1  # ranks and engines share the cores
@@ -196,7 +211,10 @@ def plan(config: RunConfig) -> Profile:
         prefill_tokens_per_second=gpus * hardware.flops_per_s * hardware.flops_used / (2 * model.params),
         start_s=hardware.start_s,
         sync_s=hardware.sync_s,
-        train_tokens_per_second=ranks * hardware.flops_per_s * hardware.mfu / (6 * model.params),
+        train_tokens_per_second=ranks
+        * hardware.flops_per_s
+        * hardware.mfu
+        / (flops_per_param * model.params),
         prompt_tokens=min(200, config.data.max_prompt_tokens),
     )
 
@@ -204,12 +222,12 @@ def plan(config: RunConfig) -> Profile:
 REQUIRED = tuple(field.name for field in dataclasses.fields(Profile) if field.default is dataclasses.MISSING)
 
 
-def load_profile(config: RunConfig, file: Path | None) -> Profile:
-    """The planned numbers, with those of the JSON file in their place. UserError for unknown or missing
-    keys.
+def load_profile(config: RunConfig, file: Path | None, known: Profile | None = None) -> Profile:
+    """The numbers of `known`, by default the planned ones, with those of the JSON file in their place.
+    UserError for unknown or missing keys.
     """
     if file is None:
-        return plan(config)
+        return known or plan(config)
     given = _read_object(file)
     names = [field.name for field in dataclasses.fields(Profile)]
     if unknown := sorted(given.keys() - names):
@@ -220,15 +238,16 @@ def load_profile(config: RunConfig, file: Path | None) -> Profile:
             given["tokens_per_second"] = {int(size): float(speed) for size, speed in speeds}
         given["faults"] = tuple(_fault(row) for row in given.get("faults", ()))
         whole = given.keys() >= set(REQUIRED)
-        return Profile(**given) if whole else dataclasses.replace(plan(config), **given)
+        return Profile(**given) if whole else dataclasses.replace(known or plan(config), **given)
     except (TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: {error}") from error
 
 
 def _fault(row: dict[str, Any]) -> Fault:
     fault = Fault(**row)
-    if fault.kind not in ("death", "stall", "slow"):
-        raise UserError(f"faults: kind={fault.kind!r} must be death, stall or slow")
+    kinds = get_args(get_type_hints(Fault)["kind"])
+    if fault.kind not in kinds:
+        raise UserError(f"faults: kind={fault.kind!r} must be one of {', '.join(kinds)}")
     return fault
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,39 +97,45 @@ def load_difficulties(file: Path) -> list[Difficulty]:
     return rows
 
 
-class Stream:
+class Stream(ABC):
     """The endless prompt stream, and the outcome of sampling any of its prompts.
 
     An outcome depends on seed, position and weight version alone: neither on the engine nor on how often a
-    request was sent.
+    request was sent. pass_rates: of the stream's rows.
     """
 
-    def __init__(
-        self, difficulties: Sequence[Difficulty], *, seed: int, max_tokens: int, prompt_tokens: int
-    ) -> None:
-        self.difficulties = list(difficulties)
-        self._seed, self._max_tokens, self._prompt_tokens = seed, max_tokens, prompt_tokens
-        self._position = 0
-        fields = ("pass_rate", "median_tokens", "sigma", "wrong_longer")
-        rate, median, sigma, longer = (np.array([getattr(d, f) for d in difficulties]) for f in fields)
-        self._rate, self._log_median, self._sigma, self._longer = rate, np.log(median), sigma, longer
+    def __init__(self, pass_rates: Sequence[float], *, seed: int, max_tokens: int) -> None:
+        self.pass_rates = list(pass_rates)
+        self._seed, self._max_tokens, self._position = seed, max_tokens, 0
+
+    @abstractmethod
+    def _rows(self, begin: int, end: int) -> np.ndarray:
+        """The rows of these positions, int64 [P]."""
+
+    @abstractmethod
+    def _draw(self, generator: np.random.Generator, row_P: np.ndarray, n: int) -> Any:
+        """int64 lengths [P, n], bool verdicts [P, n]."""
+
+    @abstractmethod
+    def _prompt_tokens(self, row: int) -> int: ...
 
     def next(self) -> Prompt:
         """The next prompt. Its tokens only count: they are a range that begins at the position."""
         position, self._position = self._position, self._position + 1
-        tokens: Any = range(position, position + self._prompt_tokens)
-        return Prompt(position=position, row=self.row(position), text="", answer="", tokens=tokens)
+        row = int(self._rows(position, position + 1)[0])
+        tokens: Any = range(position, position + self._prompt_tokens(row))
+        return Prompt(position=position, row=row, text="", answer="", tokens=tokens)
 
-    def row(self, position: int) -> int:
-        return position % len(self.difficulties)
+    def state(self) -> dict[str, Any]:
+        return {"position": self._position}
 
-    def pass_rate(self, position: int) -> float:
-        return self.difficulties[self.row(position)].pass_rate
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._position = state["position"]
 
     def outcome(self, position: int, version: int, n: int) -> tuple[list[int], list[bool]]:
         """Response lengths and verdicts of `n` samples."""
         generator = np.random.default_rng((self._seed, position, version))
-        lengths, right = self._draw(generator, np.array([self.row(position)]), n)
+        lengths, right = self._draw(generator, self._rows(position, position + 1), n)
         return lengths[0].tolist(), right[0].tolist()
 
     def sequential(self, config: SamplingConfig, groups: int) -> dict[str, Any]:
@@ -143,13 +150,11 @@ class Stream:
         accepts = np.array(
             [not config.dynamic or window.judge(k / size) == "accepted" for k in range(size + 1)]
         )
-        by_row, tokens, accepted = np.zeros(len(self.difficulties), int), 0, 0
+        by_row, tokens, accepted = np.zeros(len(self.pass_rates), int), 0, 0
         for _ in range(min(SEQUENTIAL_PASSES, math.ceil(SEQUENTIAL_GROUPS / groups))):
             missing, begin, barren = groups, 0, 0
             while missing and barren < 50:
-                row_P = np.arange(begin, begin + min(SEQUENTIAL_CHUNK, 16 + 4 * missing)) % len(
-                    self.difficulties
-                )
+                row_P = self._rows(begin, begin + min(SEQUENTIAL_CHUNK, 16 + 4 * missing))
                 lengths, right = self._draw(generator, row_P, size)
                 index = np.flatnonzero(accepts[right.sum(axis=1)])[:missing]
                 by_row += np.bincount(row_P[index], minlength=len(by_row))
@@ -158,11 +163,29 @@ class Stream:
                 barren = 0 if len(index) else barren + 1
         return {
             "mean_tokens": tokens / (accepted * size) if accepted else None,
-            "share_by_pass_rate": shares(zip(self._rate.tolist(), by_row.tolist(), strict=True)),
+            "share_by_pass_rate": shares(zip(self.pass_rates, by_row.tolist(), strict=True)),
         }
 
+
+class PlannedStream(Stream):
+    """Difficulties cycled in their order, every response drawn on its own."""
+
+    def __init__(
+        self, difficulties: Sequence[Difficulty], *, seed: int, max_tokens: int, prompt_tokens: int
+    ) -> None:
+        fields = ("pass_rate", "median_tokens", "sigma", "wrong_longer")
+        rate, median, sigma, longer = (np.array([getattr(d, f) for d in difficulties]) for f in fields)
+        super().__init__(rate.tolist(), seed=seed, max_tokens=max_tokens)
+        self._rate, self._log_median, self._sigma, self._longer = rate, np.log(median), sigma, longer
+        self._tokens_of_prompts = prompt_tokens
+
+    def _rows(self, begin: int, end: int) -> np.ndarray:
+        return np.arange(begin, end) % len(self._rate)
+
+    def _prompt_tokens(self, row: int) -> int:
+        return self._tokens_of_prompts
+
     def _draw(self, generator: np.random.Generator, row_P: np.ndarray, n: int) -> Any:
-        """int64 lengths [P, n], bool verdicts [P, n]."""
         right = generator.random((len(row_P), n)) < self._rate[row_P, None]
         log_length = self._log_median[row_P, None] + self._sigma[row_P, None] * generator.standard_normal(
             (len(row_P), n)

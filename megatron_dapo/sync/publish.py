@@ -32,8 +32,6 @@ class Client(Protocol):
 
     async def finish_weight_update(self, version: str) -> None: ...
 
-    async def reset_prefix_cache(self) -> None: ...
-
 
 class Replicas(Protocol):
     """What a push needs of the replicas (rollout/service.py). Names are those of `push_targets`."""
@@ -122,13 +120,10 @@ class _Push:
         self._on_all("send", lambda client: client.update_weights(info))
 
     def commit(self) -> None:
-        """Cached keys and values belong to the old weights, so they go too."""
-
-        async def finish(client: Client) -> None:
-            await client.finish_weight_update(str(self._version))
-            await client.reset_prefix_cache()
-
-        self._on_all("commit", finish)
+        """The new weights count. Cached prefixes of the old ones are the rollout wing's matter, which empties
+        the cache when it pauses, or salts what it asks for by the version.
+        """
+        self._on_all("commit", lambda client: client.finish_weight_update(str(self._version)))
 
     def report(self) -> PublishReport:
         if self._mistake is not None:

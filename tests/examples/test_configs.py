@@ -10,7 +10,7 @@ import pytest
 from megatron_dapo.config import RunConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NUM_RANKS = {"tiny": 2, "smollm2": 1, "qwen32b": 128}
+NUM_RANKS = {"tiny": 2, "smollm2": 1, "qwen32b": 128, "qwen32b_async": 32}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (EXAMPLES / "configs").glob("*.yaml")))

@@ -121,7 +121,6 @@ def test_an_engine_killed_between_generation_and_push(finished, place):
     assert_steps_equal(run_dir, finished, range(1, STEPS + 1))
 
 
-@pytest.mark.slow
 def test_one_of_two_engines_dies_and_the_other_finishes_the_step(finished, place):
     """No restart is allowed, so the steps after the death are the survivor's alone: the same in every bit."""
     run_dir = place.folder / "one_of_two"

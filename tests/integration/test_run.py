@@ -11,10 +11,13 @@ pytestmark = pytest.mark.timeout(1800)  # a busy machine needs minutes for a ser
 NAMES = """
 step update reward/mean accuracy/mean response/length_mean response/length_max response/truncated
 tokens/trained tokens/generated sampling/groups_sampled sampling/groups_accepted sampling/all_correct
-sampling/all_wrong sampling/carried sampling/aborted sampling/request_failures
-policy/loss policy/grad_norm policy/entropy policy/clip_low policy/clip_high policy/kl_old
+sampling/all_wrong sampling/carried sampling/aborted sampling/request_failures sampling/age_mean
+tokens/wasted_all_wrong engines/idle_tail engines/idle_sync engines/idle_trainer engines/down
+reward/timeouts reward/errors
+policy/loss policy/grad_norm policy/entropy policy/clip_low policy/clip_high policy/clip_dual policy/kl_old
 policy/rollout_logprob_gap policy/rollout_logprob_gap_max policy/fresh_tokens mismatch/ess
-time/rollout time/reward time/old_logprobs time/update time/sync time/checkpoint time/step memory/rss lr
+time/rollout time/rollouts_wait time/reward time/old_logprobs time/update time/sync time/checkpoint time/step
+memory/rss lr
 """
 
 
@@ -31,7 +34,7 @@ def test_metrics_have_every_name_and_make_sense(finished):
         assert not set(NAMES.split()) - line.keys()
         assert all(value is not None for value in line.values())
         assert line["update"] == number
-        trained = groups(finished.run_dir / f"rollouts/step_{number:06d}.jsonl.zst")
+        trained = groups(finished.run_dir / f"rollouts/step_{number:06d}.parquet")
         completions = [completion for group in trained for completion in group.completions]
         lengths = [len(completion.tokens) for completion in completions]
         assert line["tokens/trained"] == sum(lengths)
@@ -74,17 +77,21 @@ def test_engine_and_policy_agree_on_fresh_samples(finished):
     assert finished.metrics[1]["policy/fresh_tokens"] == 1
 
 
-def test_saved_rollouts_are_what_was_trained_on(finished):
+def test_saved_rollouts_are_what_was_trained_on(finished, place):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place.model)
     seen: set[int] = set()
     for step in range(1, STEPS + 1):
-        trained = groups(finished.run_dir / f"rollouts/step_{step:06d}.jsonl.zst")
+        trained = groups(finished.run_dir / f"rollouts/step_{step:06d}.parquet")
         assert len(trained) == 4 and all(len(group.completions) == 4 for group in trained)
         positions = [group.prompt.position for group in trained]
         assert positions == sorted(positions) and not seen & set(positions)
         seen |= set(positions)
         for group in trained:
             assert 0 < group.accuracy < 1
-            assert list(group.correct) == [sum(map(ord, c.text)) % 3 == 0 for c in group.completions]
+            texts = tokenizer.batch_decode([c.tokens for c in group.completions], skip_special_tokens=True)
+            assert list(group.correct) == [sum(map(ord, text)) % 3 == 0 for text in texts]
             assert step - 2 <= group.weight_version <= step - 1
             assert len({c.seed for c in group.completions}) == 4
 

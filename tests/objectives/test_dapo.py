@@ -88,6 +88,14 @@ def test_dual_clip_bounds_negative_advantages_alone():
         )
 
 
+def test_tokens_that_the_dual_clip_holds_back_are_counted():
+    ratios, advantages = [20.0, 9.0, 20.0, 20.0], [-1.0, -1.0, 1.0, -1.0]
+    mask = [True, True, True, False]
+    for dual_clip, expected in ((10.0, 1), (8.0, 2), (None, 0)):
+        sums = loss([math.log(r) for r in ratios], [0.0] * 4, advantages, mask, dual_clip=dual_clip)
+        assert int(sums.clip_dual) == expected
+
+
 def test_kl_is_the_k3_estimate():
     sums = loss([-1.0, -2.0, 5.0], [-1.5, -1.0, 0.0], [1.0] * 3, [True, True, False])
     assert float(sums.kl_old) == pytest.approx((math.exp(0.5) - 1 - 0.5) + (math.exp(-1) - 1 + 1))
@@ -111,7 +119,14 @@ def test_nothing_outside_the_mask_arrives(stream, bad):
         sums.loss.backward()
         sides = [
             float(x)
-            for x in (sums.loss.detach(), sums.num_tokens, sums.clip_low, sums.clip_high, sums.kl_old)
+            for x in (
+                sums.loss.detach(),
+                sums.num_tokens,
+                sums.clip_low,
+                sums.clip_high,
+                sums.clip_dual,
+                sums.kl_old,
+            )
         ]
         results.append((sides, leaf.grad.tolist()))
     assert results[0] == results[1] and results[1][1][1] == 0.0
@@ -149,7 +164,7 @@ def k3(log_ratio: float) -> float:
 
 
 def test_terms_of_a_micro_batch_by_hand():
-    terms = terms_of(DapoConfig())
+    terms = terms_of(DapoConfig(mismatch_correction="none"))
     # ratios 1, 1, e^0.5 (clipped to 1.28), e^-0.5 (clipped to 0.8 where the advantage is negative)
     assert float(terms.loss.detach()) == pytest.approx(-(1 + 1 + 1.28) + 0.8)
     assert (int(terms.num_tokens), int(terms.excluded)) == (4, 0)
@@ -157,6 +172,7 @@ def test_terms_of_a_micro_batch_by_hand():
         {
             "clip_low": 1 / 4,
             "clip_high": 1 / 4,
+            "clip_dual": 0.0,
             "kl_old": (k3(0.5) + k3(-0.5)) / 4,
             "entropy": 10 / 4,
             "fresh_tokens": 2 / 4,
@@ -192,8 +208,8 @@ def test_a_micro_batch_without_tokens_reports_the_same_metrics():
         num_samples=0,
         streams={Stream.OLD_LOGPROBS: none, Stream.ROLLOUT_LOGPROBS: none},
     )
-    terms = dapo(DapoConfig()).loss(inputs)
+    terms = dapo(DapoConfig(mismatch_correction="none")).loss(inputs)
     assert {name: type(m) for name, m in terms.metrics.items()} == {
-        name: type(m) for name, m in terms_of(DapoConfig()).metrics.items()
+        name: type(m) for name, m in terms_of(DapoConfig(mismatch_correction="none")).metrics.items()
     }
     assert float(terms.loss.detach()) == 0 and terms.metrics["ess"] == EffectiveSize(0, 0, 0)

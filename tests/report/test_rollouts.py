@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
+import zlib
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-import zstandard
 from support.samples import make_completion
 
+from megatron_dapo.report import rollouts
 from megatron_dapo.report.rollouts import load_groups, rollout_path, save_groups
-from megatron_dapo.types import Group, Prompt
+from megatron_dapo.types import Completion, Group, Prompt
 
 # a value that needs 9 digits, a denormal, a negative zero, an ordinary one
 LOGPROBS = (-0.1 - 0.2, -1e-45, -0.0, -1.5)
@@ -48,7 +51,7 @@ def save(path, count: int = 3) -> list[Group]:
 
 def test_the_round_trip_is_exact(tmp_path):
     path = rollout_path(tmp_path, 3)
-    assert path == tmp_path / "rollouts" / "step_000003.jsonl.zst"
+    assert path == tmp_path / "rollouts" / "step_000003.parquet"
     groups = save(path)
     loaded, header = load_groups(path)
     assert loaded == groups
@@ -56,100 +59,181 @@ def test_the_round_trip_is_exact(tmp_path):
     assert [g.completions[0].logprobs.tobytes() for g in loaded] == [struct.pack("<4f", *LOGPROBS)] * 3
     assert [g.completions[1].trained.tolist() for g in loaded] == [[True, False, True, True]] * 3
     assert loaded[0].completions[0].versions == ((7, 3), (9, 1))
+    assert [c.seed for c in loaded[0].completions] == [None, 1]
     assert header == {
-        "format": 2,
+        "format": 3,
         "step": 3,
         "weight_version": 7,
         "num_groups": 3,
-        "samples_per_prompt": 2,
+        "group_sizes": [2, 2, 2],
         "meta": {"model": "tiny"},
     }
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_each_group_is_one_line_of_json(tmp_path):
-    save(tmp_path / "a.zst")
-    with zstandard.open(tmp_path / "a.zst", "rt") as file:
-        header, *lines = [json.loads(line) for line in file]
-    assert header["num_groups"] == len(lines) == 3
-    fields = {field.name for field in dataclasses.fields(Group)}
-    assert all(set(line) == fields for line in lines)
+def test_any_reader_of_parquet_finds_one_row_a_completion(tmp_path):
+    path = tmp_path / "a.parquet"
+    save_groups(path, [make_group(5)], step=3, meta={})
+    table = pq.read_table(path)
+    assert table.select(["position", "number", "correct", "reward", "finish_reason"]).to_pylist() == [
+        {"position": 5, "number": 0, "correct": True, "reward": 1.0, "finish_reason": "stop"},
+        {"position": 5, "number": 1, "correct": False, "reward": 0.9, "finish_reason": "length"},
+    ]
+    assert table["tokens"].to_pylist() == [[4, 5, 6, 7], [4, 5, 6, 8]]
+    assert table["trained"].to_pylist() == [None, [True, False, True, True]]  # None: all
+    assert table["version_tokens"].to_pylist() == [[3, 1], [3, 1]]
+
+
+def test_a_mask_of_one_element_takes_no_memory_when_it_comes_back(tmp_path):
+    """Every token trained, and none (overlong filtering)."""
+    path = tmp_path / "a.parquet"
+    completions = tuple(
+        Completion(
+            tokens=np.arange(4, dtype=np.int32),
+            logprobs=np.zeros(4, dtype=np.float32),
+            trained=np.broadcast_to(value, 4),
+            finish_reason="stop",
+            versions=((0, 4),),
+        )
+        for value in (np.True_, np.False_)
+    )
+    prompt = Prompt(position=0, row=0, text="a", answer="b", tokens=(1,))
+    group = Group(prompt=prompt, completions=completions, correct=(True, False), rewards=(1.0, -1.0))
+    save_groups(path, [group], step=0, meta={})
+    loaded = load_groups(path)[0]
+    assert loaded == [group]
+    assert loaded[0].completions[0].trained.strides == (0,)
+
+
+def test_groups_that_lie_across_the_pieces_of_a_file_stay_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollouts, "ROWS", 4)
+    groups = [make_group(position, size) for position, size in enumerate((3, 1, 6, 2))]
+    save_groups(tmp_path / "a.parquet", groups, step=3, meta={})
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
+    assert load_groups(tmp_path / "a.parquet")[0] == groups
 
 
 def test_no_group_and_uneven_groups(tmp_path):
-    path = tmp_path / "a.zst"
+    path = tmp_path / "a.parquet"
     save_groups(path, [], step=0, meta={})
     assert load_groups(path)[0] == [] and load_groups(path)[1]["weight_version"] is None
-    save_groups(path, [make_group(0, 2), make_group(1, 3)], step=0, meta={})
-    assert load_groups(path)[1]["samples_per_prompt"] is None
+    groups = [make_group(0, 2), make_group(1, 3)]
+    save_groups(path, groups, step=0, meta={})
+    assert load_groups(path)[0] == groups and load_groups(path)[1]["group_sizes"] == [2, 3]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.zst"
+def test_a_token_takes_at_most_six_bytes(tmp_path):
+    """Ids by Zipf's law over 150,000 (as independent draws, which no text is), and log-probabilities of which
+    half are near 0 and none is on a grid.
+    """
+    draw = np.random.default_rng(0)
+    ids = np.searchsorted(np.cumsum(1 / np.arange(1, 150_001)), draw.uniform(1, 12.4, 400_000))
+    near, spread = -np.exp(draw.uniform(-16, -2, ids.size)), -draw.exponential(1.2, ids.size)
+    logprobs = np.where(draw.random(ids.size) < 0.5, near, spread)
+    completions = [
+        make_completion(tokens, logprobs=values)
+        for tokens, values in zip(np.split(ids, 80), np.split(logprobs, 80), strict=True)
+    ]
+    prompt = Prompt(position=0, row=0, text="a" * 500, answer="b", tokens=tuple(range(200)))
+    path = tmp_path / "a.parquet"
+    group = Group(prompt=prompt, completions=tuple(completions), correct=(True,) * 80, rewards=(1.0,) * 80)
+    save_groups(path, [group], step=0, meta={})
+    assert path.stat().st_size < 6 * ids.size
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
     groups = save(path)
-    with pytest.raises(TypeError):
-        save_groups(path, groups[:1], step=4, meta={"bad": object()})
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rollouts, "_encode", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_groups(path, groups[:1], step=4, meta={})
     assert load_groups(path)[0] == groups
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zst"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def compressed(*lines: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(b"\n".join(lines))
+def test_no_changed_byte_changes_what_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    groups = save(path)
+    header = load_groups(path)[1]
+    whole = path.read_bytes()
+    places = range(0, len(whole), 3)
+    refused = 0
+    for place in places:
+        flipped = whole[place] ^ 1 << place % 8
+        path.write_bytes(whole[:place] + bytes([flipped]) + whole[place + 1 :])
+        try:
+            assert load_groups(path) == (groups, header)
+        except ValueError:
+            refused += 1
+    assert refused > len(places) / 2
 
 
 def test_no_cut_goes_unnoticed(tmp_path):
-    path = tmp_path / "a.zst"
-    groups = save(path)
+    path = tmp_path / "a.parquet"
+    save(path)
     whole = path.read_bytes()
-    refused = 0
-    for size in range(len(whole)):
+    for size in [*range(0, len(whole), 50), *range(len(whole) - 10, len(whole))]:
         path.write_bytes(whole[:size])
-        try:
-            assert load_groups(path)[0] == groups  # only the checksum's last bytes are gone
-        except ValueError:
-            refused += 1
-    assert refused >= len(whole) - 4
+        with pytest.raises(ValueError, match="is cut short"):
+            load_groups(path)
 
 
-def test_no_changed_byte_goes_unnoticed(tmp_path):
-    path = tmp_path / "a.zst"
-    groups = save(path)
-    whole = path.read_bytes()
-    refused = 0
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x01]) + whole[place + 1 :])
-        try:
-            assert load_groups(path)[0] == groups  # a byte of the frame header that does not matter
-        except ValueError:
-            refused += 1
-    assert refused >= len(whole) - 4
+def changed_metadata(path, change) -> bytes:
+    """The file again, with other bytes under the key of the header."""
+    table = pq.read_table(path)
+    metadata = {b"megatron_dapo": change(table.schema.metadata[b"megatron_dapo"])}
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({k: v for k, v in metadata.items() if v}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def with_checksum(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text) + text
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    path = tmp_path / "a.zst"
+    path = tmp_path / "a.parquet"
     save(path)
     whole = path.read_bytes()
-    with zstandard.open(path, "rb") as file:
-        lines = file.read().split(b"\n")
-    flipped = bytearray(whole)
-    flipped[len(flipped) // 2] ^= 0xFF
+    sizes, other = b"[2, 2, 2]", pa.BufferOutputStream()
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "position", table["position"].cast(pa.int32())), other)
     damaged = {
         "empty": b"",
         "half": whole[: len(whole) // 2],
-        "flipped": bytes(flipped),
-        "not zstandard": b"hello",
-        "a group is missing": compressed(*lines[:-2], b""),
-        "half a group": compressed(*lines[:-2], lines[-2][:50]),
-        "no header": compressed(*lines[1:]),
-        "later format": compressed(lines[0].replace(b'"format":2', b'"format":3'), *lines[1:]),
-        "unknown field": compressed(lines[0], lines[1].replace(b'"row"', b'"line"'), *lines[2:]),
+        "not parquet": b"hello",
+        "other columns": other.getvalue().to_pybytes(),
+        "no header": changed_metadata(path, lambda value: b""),
+        "changed header": changed_metadata(path, lambda value: value.replace(b"tiny", b"huge")),
+        "a group is missing": changed_metadata(
+            path, lambda value: with_checksum(value[8:].replace(sizes, b"[2, 2]"))
+        ),
+        "later format": changed_metadata(
+            path, lambda value: with_checksum(value[8:].replace(b'"format": 3', b'"format": 4'))
+        ),
     }
     for name, content in damaged.items():
         path.write_bytes(content)
         with pytest.raises(
-            ValueError, match=r"rollout file .*a\.zst is cut short, corrupt or of another version"
+            ValueError, match=r"rollout file .*a\.parquet is cut short, corrupt or of another version"
         ):
             load_groups(path)
             pytest.fail(f"{name}: accepted")
-    with pytest.raises(ValueError, match="no rollout file at .*other.zst"):
-        load_groups(tmp_path / "other.zst")
+    with pytest.raises(ValueError, match="no rollout file at .*other.parquet"):
+        load_groups(tmp_path / "other.parquet")
+
+
+def test_a_file_of_an_earlier_version_is_named(tmp_path):
+    (tmp_path / "step_000003.jsonl.zst").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step_000003\.jsonl\.zst was written by an earlier version"):
+        load_groups(tmp_path / "step_000003.parquet")
+
+
+def test_the_header_is_readable_without_reading_the_rows(tmp_path):
+    save(tmp_path / "a.parquet")
+    metadata = pq.read_schema(tmp_path / "a.parquet").metadata[b"megatron_dapo"]
+    assert json.loads(metadata[8:])["step"] == 3

@@ -9,10 +9,13 @@ import sys
 import types
 
 import pytest
+from support.samples import make_group, make_prompt
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.report import sinks
+from megatron_dapo.report.rollouts import load_groups, rollout_path
 from megatron_dapo.report.sinks import Reporter
+from megatron_dapo.types import Collected, GroupFacts
 
 
 def make_config(**report) -> RunConfig:
@@ -78,7 +81,7 @@ def test_a_new_run_in_an_old_folder_keeps_the_old_numbers(tmp_path):
     for length in (3, 2, 1):
         record(tmp_path, 0, length, None)
     assert steps(tmp_path) == [0]
-    lines = {p.name: len(p.read_text().splitlines()) for p in tmp_path.iterdir()}
+    lines = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("metrics*")}
     assert lines == {"metrics.0.jsonl": 3, "metrics.1.jsonl": 2, "metrics.jsonl": 1}
 
 
@@ -93,8 +96,6 @@ def test_a_step_is_recorded_once_and_in_order(tmp_path):
         make_reporter(tmp_path, 4).record(3, {})
     assert steps(tmp_path) == [3]
 
-
-# --- console ----------------------------------------------------------------------------
 
 METRICS = {
     "policy/loss": -0.00123456,
@@ -117,49 +118,55 @@ def test_the_line_of_a_step():
     )
 
 
-def test_plain_lines_are_rare_and_hold_no_control_codes(tmp_path, monkeypatch):
-    now, stream = [100.0], io.StringIO()
+# --- facts, rollouts, engines -----------------------------------------------------------
+
+PHASES = [("rollout", 10.0, 14.0), ("update", 14.0, 15.0), ("sync", 15.0, 16.0)]
+
+
+def collected() -> Collected:
+    groups = [make_group(make_prompt(i), correct=i, size=2) for i in range(2)]
+    sampled = tuple(GroupFacts.of(g, v) for g, v in zip(groups, ("all_wrong", "accepted"), strict=True))
+    return Collected(groups=(groups[1],), sampled=sampled, counts={})
+
+
+def test_facts_are_written_always_and_cut_back_as_metrics_are(tmp_path):
+    for first, last, resume_step in ((1, 5, None), (3, 6, 3)):
+        reporter = make_reporter(tmp_path, resume_step)
+        for step in range(first, last):
+            reporter.facts(step, collected(), began=9.0 + first, phases=PHASES, trained_tokens=2)
+        reporter.close()
+    lines = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["began"]) for line in lines] == [(1, 10), (2, 10), (3, 12), (4, 12), (5, 12)]
+    assert not (tmp_path / "trace.json").exists()
+
+
+def test_rollouts_are_on_disk_after_closing_and_nothing_is_written_when_switched_off(tmp_path):
+    for folder, rollouts in (("on", True), ("off", False)):
+        reporter = make_reporter(tmp_path / folder, rollouts=rollouts)
+        assert reporter.rollouts(1, collected().groups, {"num_updates": 3}) < 1
+        reporter.close()
+    groups, header = load_groups(rollout_path(tmp_path / "on", 1))
+    assert groups == list(collected().groups) and header["meta"] == {"num_updates": 3}
+    assert not (tmp_path / "off" / "rollouts").exists()
+
+
+def test_engines_are_measured_from_what_fleet_was_told_and_forgotten_with_the_facts(tmp_path, monkeypatch):
+    now = [10.0]
     monkeypatch.setattr(sinks.time, "monotonic", lambda: now[0])
-    reporter = make_reporter(tmp_path, stream=stream)
-    for second in range(70):  # 31 and 61 seconds: two lines
-        now[0] = 101.0 + second
-        reporter.progress("collect", second, 512, tokens_per_s=3812, pass_rate=0.4142)
-    reporter.progress("update", 1, 8)  # a new stage is quiet at first
-    reporter.record(0, METRICS)
-    reporter.message("done [1/2]")
-    assert stream.getvalue().splitlines() == [
-        "collect 30/512 (3,812 tokens/s, 0.414 pass rate)",
-        "collect 60/512 (3,812 tokens/s, 0.414 pass rate)",
-        sinks.step_line(0, METRICS),
-        "done [1/2]",
-    ]
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_terminal_shows_the_stage_and_keeps_the_lines(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    stream, described = FakeTerminal(), []
-    describe = sinks._describe
-    monkeypatch.setattr(sinks, "_describe", lambda info: described.append(info) or describe(info))
-    reporter = make_reporter(tmp_path, stream=stream)
-    for done in range(1, 1001):
-        reporter.progress("collect", done, 1000, tokens_per_s=3812)
-    reporter.message("engine 1 restarted [bold]")
-    reporter.progress("update", 3, 8)
-    reporter.record(0, METRICS)
+    reporter = make_reporter(tmp_path, trace=True)
+    states = {"engine_0": "ready", "engine_1": "ready"}
+    for when, running in ((10, {"engine_0": 4, "engine_1": 4}), (13, {"engine_0": 4}), (14, {})):
+        now[0] = when
+        reporter.fleet(states, running, 0)
+    measured = reporter.engine_metrics(PHASES)
+    assert measured["engines/idle_tail"] == pytest.approx(1 / 12)  # one of two engines, 1 s of 6 s
+    assert measured["engines/idle_trainer"] == measured["engines/idle_sync"] == pytest.approx(2 / 12)
+    reporter.facts(1, collected(), began=10.0, phases=PHASES, trained_tokens=2)
+    reporter.facts(2, collected(), began=17.0, phases=[("rollout", 17.0, 18.0)], trained_tokens=2)
     reporter.close()
-    text = stream.getvalue()
-    assert "collect" in text and "1000/1000" in text and "3,812 tokens/s" in text
-    assert "engine 1 restarted [bold]\n" in text
-    assert "update" in text and "3/8" in text
-    assert sinks.step_line(0, METRICS) + "\n" in text
-    assert len(described) < 50  # throttled
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+    text = (tmp_path / "trace.json").read_text()
+    assert text.count('"running sequences"') == 6  # each sample once, for both engines
+    assert reporter.engine_metrics([("rollout", 16.0, 18.0)])["engines/idle_tail"] == 1  # as it was left
 
 
 # --- optional sinks ---------------------------------------------------------------------

@@ -1,31 +1,41 @@
-"""From completions to a group: texts, grades, shaped rewards, masks."""
+"""From completions to a group: grades of the decoded tokens, shaped rewards, masks, and what is measured."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
 import pytest
+from support.bytes_as_tokens import as_tokens, make_byte_backend
 from support.samples import make_completion, make_prompt
+from transformers import PreTrainedTokenizerFast
 
 from megatron_dapo.config import RewardConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.reward.grading import Grader
+from megatron_dapo.reward.pool import Grade
+from megatron_dapo.types import Completion, Timing
 
+RIGHT = Grade(correct=True, outcome="graded")
+WRONG = Grade(correct=False, outcome="graded")
+ERROR = Grade(correct=False, outcome="error")
 LONGEST = 10
 
 
-class Tokenizer:
-    """Token 7 reads "Answer: 7"; token 0 is special."""
-
-    def batch_decode(self, sequences, *, skip_special_tokens: bool) -> list[str]:
-        assert skip_special_tokens and all(type(token) is int for tokens in sequences for token in tokens)
-        return ["\n".join(f"Answer: {token}" for token in tokens if token) for tokens in sequences]
+@pytest.fixture(autouse=True)
+def verifiers_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "support")
 
 
 @pytest.fixture
 def make_grader():
     made = []
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_byte_backend(), eos_token="<|end|>")
 
     def make(**reward) -> Grader:
-        made.append(Grader(RewardConfig(**reward), Tokenizer(), longest=LONGEST))
+        made.append(Grader(RewardConfig(**reward), tokenizer, longest=LONGEST))
         return made[-1]
 
     yield make
@@ -33,44 +43,117 @@ def make_grader():
         grader.close()
 
 
-async def test_a_group_has_texts_grades_and_rewards(make_grader):
-    grader = make_grader()
-    completions = [make_completion((7, 0)), make_completion((8,), number=1)]
-    group = await grader.grade(make_prompt(3, answer="7"), completions)
-    assert group.prompt.position == 3
-    assert [completion.text for completion in group.completions] == ["Answer: 7", "Answer: 8"]
-    assert [completion.number for completion in group.completions] == [0, 1]
-    assert group.correct == (True, False) and group.rewards == (1.0, -1.0)
-    assert grader.seconds > 0
+def says(text: str, **changed) -> Completion:
+    return make_completion(as_tokens(text).tolist(), **changed)
 
 
-async def test_long_responses_are_penalised_whatever_their_grade(make_grader):
+async def test_each_completion_is_graded_by_its_text(make_grader):
+    grader, prompt = make_grader(), make_prompt(answer="7")
+    completions = [says("Answer: 7"), says("Answer: 8"), says("\\boxed{7}")]
+    grades = await asyncio.gather(*(grader.grade(prompt, completion) for completion in completions))
+    assert grades == [RIGHT, WRONG, RIGHT]
+
+
+async def test_a_grade_does_not_wait_for_those_asked_for_before(make_grader):
+    grader, prompt = make_grader(verifier="pool_verifiers:check", workers=2), make_prompt(answer="7")
+    hanging = asyncio.create_task(grader.grade(prompt, says("hang")))
+    assert await grader.grade(prompt, says("7")) == RIGHT
+    assert not hanging.done()
+    hanging.cancel()
+
+
+def test_a_group_has_its_prompts_completions_grades_and_rewards(make_grader):
+    grader, prompt = make_grader(), make_prompt(3, answer="7")
+    completions = [make_completion((7, 0)), make_completion((8,), number=1), make_completion((9,), number=2)]
+    timing = Timing(engine="engine_0", sent=1.0, answered=2.0, graded=3.0)
+    group = grader.group(prompt, completions, [RIGHT, WRONG, ERROR], timing)
+    assert group.prompt is prompt and list(group.completions) == completions and group.timing == timing
+    assert group.correct == (True, False, False) and group.rewards == (1.0, -1.0, -1.0)
+    assert grader.group(prompt, completions, [RIGHT] * 3).timing is None
+
+
+def test_long_responses_are_penalised_whatever_their_grade(make_grader):
     """L_max 10, L_cache 4: 0 up to 6 tokens, -1/4 for each one more. The grade is the verifier's alone."""
-    grader = make_grader(overlong_cache=4)
-    lengths = [6, 7, 8, 10]
-    completions = [make_completion((7,) * n) for n in lengths] + [make_completion((8,) * 9)]
-    group = await grader.grade(make_prompt(answer="7"), completions)
+    completions = [make_completion((7,) * n) for n in (6, 7, 8, 10, 9)]
+    group = make_grader(overlong_cache=4).group(make_prompt(), completions, [RIGHT] * 4 + [WRONG])
     assert group.correct == (True, True, True, True, False)
     assert group.rewards == (1.0, 0.75, 0.5, 0.0, -1.75)
     assert all(completion.trained.all() for completion in group.completions)
 
 
 @pytest.mark.parametrize("overlong_filter", [False, True])
-async def test_the_overlong_filter_masks_truncated_responses_and_only_those(make_grader, overlong_filter):
-    grader = make_grader(overlong_filter=overlong_filter)
+def test_the_overlong_filter_masks_truncated_responses_and_only_those(make_grader, overlong_filter):
     completions = [make_completion((7, 7), finish_reason="length"), make_completion((7, 7))]
-    group = await grader.grade(make_prompt(answer="7"), completions)
+    group = make_grader(overlong_filter=overlong_filter).group(make_prompt(), completions, [RIGHT] * 2)
     truncated, ended = group.completions
     assert truncated.trained.tolist() == [not overlong_filter] * 2
     assert ended.trained.tolist() == [True, True]
     assert group.rewards == (1.0, 1.0) and completions[0].trained.all()
 
 
-async def test_a_failing_verifier_is_scored_wrong_and_counted(make_grader):
-    grader = make_grader()
-    group = await grader.grade(make_prompt(answer=""), [make_completion((7,))])  # the verifier raises
-    assert group.correct == (False,) and group.rewards == (-1.0,)
-    assert grader.pool.counts["error"] == 1
+def test_a_masked_response_holds_no_mask_of_its_own(make_grader):
+    completion = make_completion((7,) * 10, finish_reason="length")
+    (masked,) = make_grader(overlong_filter=True).group(make_prompt(), [completion], [RIGHT]).completions
+    assert masked.trained.strides == (0,)
+    assert masked == make_completion((7,) * 10, finish_reason="length", trained=[False] * 10)
+
+
+async def test_what_became_of_the_grades_is_counted_until_it_is_reset(make_grader):
+    grader = make_grader(verifier="pool_verifiers:check", timeout_s=0.5)
+    prompt = make_prompt(answer="7")
+    texts = ["7", "8", "hang", "raise", "crash"]
+    await asyncio.gather(*(grader.grade(prompt, says(text)) for text in texts))
+    assert grader.counts == {"graded": 2, "timeout": 1, "error": 2}
+    grader.reset()
+    assert grader.counts == {"graded": 0, "timeout": 0, "error": 0}
+    assert await grader.grade(prompt, says("7")) == RIGHT
+    assert grader.counts == {"graded": 1, "timeout": 0, "error": 0}
+
+
+async def test_a_grade_that_is_no_longer_waited_for_is_not_counted(make_grader):
+    grader = make_grader(verifier="pool_verifiers:check", timeout_s=0.5)
+    tasks = [asyncio.create_task(grader.grade(make_prompt(answer="7"), says(text))) for text in ("hang", "7")]
+    await asyncio.sleep(0.1)
+    for task in tasks:
+        task.cancel()
+    assert await grader.grade(make_prompt(answer="7"), says("8")) == WRONG
+    assert grader.counts == {"graded": 1, "timeout": 0, "error": 0}
+
+
+async def test_seconds_are_of_the_clock_not_of_the_completions(make_grader, monkeypatch):
+    """Two completions wait from 10 to 13 and from 11 to 15; then one from 20 to 22, reset at 21."""
+    grader, prompt = make_grader(), make_prompt(answer="7")
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    asked: list[asyncio.Future] = []
+
+    def grade_tokens(tokens: np.ndarray, answer: str) -> asyncio.Future:
+        asked.append(asyncio.get_running_loop().create_future())
+        return asked[-1]
+
+    monkeypatch.setattr(grader._pool, "grade_tokens", grade_tokens)
+    grader.reset()
+    tasks = []
+    for begin, number, what in [
+        (10.0, 0, "ask"), (11.0, 1, "ask"), (13.0, 0, "grade"), (15.0, 1, "grade"), (20.0, 2, "ask"),
+    ]:  # fmt: skip
+        now = begin
+        if what == "ask":
+            tasks.append(asyncio.create_task(grader.grade(prompt, says("Answer: 7"))))
+        else:
+            asked[number].set_result(RIGHT)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert grader.seconds == 5.0
+    now = 21.0
+    assert grader.seconds == 6.0
+    grader.reset()
+    assert grader.seconds == 0.0
+    now = 22.0
+    asked[2].set_result(RIGHT)
+    assert await asyncio.gather(*tasks) == [RIGHT] * 3
+    now = 30.0
+    assert grader.seconds == 1.0
 
 
 def test_a_verifier_that_does_not_exist_is_the_users_to_mend(make_grader):

@@ -5,11 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.bytes_as_tokens import END, as_tokens, make_byte_backend
+from transformers import AutoTokenizer, ByT5Tokenizer
 
+from megatron_dapo.errors import UserError
+from megatron_dapo.reward.decoding import DecoderSource, decoder_source
 from megatron_dapo.reward.pool import Grade, GradingPool
 
 RIGHT = Grade(correct=True, outcome="graded")
@@ -17,6 +22,9 @@ WRONG = Grade(correct=False, outcome="graded")
 TIMEOUT = Grade(correct=False, outcome="timeout")
 ERROR = Grade(correct=False, outcome="error")
 CHECK = "pool_verifiers:check"
+BYTES = DecoderSource(library="tokenizers", body=make_byte_backend().to_str().encode())
+# How responses reach the workers: as texts, or as token ids that the workers decode.
+Ask = Callable[[GradingPool, list[str], str], Awaitable[list[Grade]]]
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +34,21 @@ def verifiers_on_path(monkeypatch):
 
 @pytest.fixture
 def pool():
-    with GradingPool(CHECK, workers=1, timeout_s=0.5) as pool:
+    with GradingPool(CHECK, workers=1, timeout_s=0.5, decoder=BYTES) as pool:
         yield pool
+
+
+async def ask_with_texts(pool: GradingPool, responses: list[str], answer: str) -> list[Grade]:
+    return await pool.grade(responses, answer)
+
+
+async def ask_with_tokens(pool: GradingPool, responses: list[str], answer: str) -> list[Grade]:
+    return await asyncio.gather(*(pool.grade_tokens(as_tokens(text), answer) for text in responses))
+
+
+@pytest.fixture(params=[ask_with_texts, ask_with_tokens])
+def ask(request) -> Ask:
+    return request.param
 
 
 def processes(match: Callable[[str, int], bool]) -> list[int]:
@@ -61,23 +82,28 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return True
 
 
-async def test_grades_come_in_the_order_of_the_responses(pool):
-    assert await pool.grade(["7", "8", "7"], "7") == [RIGHT, WRONG, RIGHT]
-    assert await pool.grade([], "7") == []
-    assert pool.counts == {"graded": 3, "timeout": 0, "error": 0}
+async def hanging(capfd) -> None:
+    """Wait until a worker, started under the capture, says that it hangs."""
+    while "hanging" not in capfd.readouterr().err:
+        await asyncio.sleep(0.02)
 
 
-async def test_many_groups_at_once_keep_to_themselves():
-    with GradingPool("dapo", workers=2, timeout_s=10) as pool:
+async def test_grades_come_in_the_order_of_the_responses(pool, ask):
+    assert await ask(pool, ["7", "8", "7"], "7") == [RIGHT, WRONG, RIGHT]
+    assert await ask(pool, [], "7") == []
+
+
+async def test_many_groups_at_once_keep_to_themselves(ask):
+    with GradingPool("dapo", workers=2, timeout_s=10, decoder=BYTES) as pool:
         groups = [[f"Answer: {n % 3}" for n in range(8)] for _ in range(32)]
-        start = time.perf_counter()
-        grades = await asyncio.gather(*(pool.grade(group, str(i % 3)) for i, group in enumerate(groups)))
-        seconds = time.perf_counter() - start
-    assert [[g.correct for g in group] for group in grades] == [
-        [n % 3 == i % 3 for n in range(8)] for i in range(32)
-    ]
-    assert pool.counts["graded"] == 256
-    assert seconds < 1.0  # 0.01 s on two idle cores; a process or thread per response would take seconds
+        grades = await asyncio.gather(*(ask(pool, group, str(i % 3)) for i, group in enumerate(groups)))
+    assert grades == [[RIGHT if n % 3 == i % 3 else WRONG for n in range(8)] for i in range(32)]
+
+
+async def test_the_responses_of_one_group_are_graded_by_all_workers(ask, tmp_path):
+    with GradingPool("pool_verifiers:meet", workers=3, timeout_s=30, decoder=BYTES) as pool:
+        # each grade waits in that folder until all three have begun
+        assert await ask(pool, ["a", "b", "c"], str(tmp_path)) == [RIGHT] * 3
 
 
 async def test_any_text_arrives_unharmed(pool):
@@ -85,11 +111,36 @@ async def test_any_text_arrives_unharmed(pool):
     assert await pool.grade([strange, strange + "y"], strange) == [RIGHT, WRONG]
 
 
-async def test_hanging_grade_is_killed_and_the_rest_of_the_group_graded(pool, caplog):
+BROKEN = "a\N{REPLACEMENT CHARACTER}b"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (as_tokens("½ \x00 \n\r\u2028 日本 \\boxed{7}"), "½ \x00 \n\r\u2028 日本 \\boxed{7}"),
+        (as_tokens(b"a\xffb"), BROKEN),
+        (as_tokens("\ud800".encode(errors="surrogatepass")), "\N{REPLACEMENT CHARACTER}" * 3),
+        (np.array([END, 1_000_000], dtype=np.int32), ""),  # special, and none of the tokenizer's
+        (as_tokens("0123456789" * 2000), "0123456789" * 2000),
+        (as_tokens("a b c d")[::2], "abcd"),  # every other element of an array
+    ],
+    ids=["any characters", "invalid UTF-8", "a lone surrogate", "nothing", "20,000 tokens", "a view"],
+)
+async def test_any_tokens_are_decoded(pool, tokens, text):
+    grades = await asyncio.gather(pool.grade_tokens(tokens, text), pool.grade_tokens(tokens, text + "y"))
+    assert grades == [RIGHT, WRONG]
+
+
+async def test_a_failure_to_decode_is_an_error(pool, caplog):
+    assert await pool.grade_tokens(np.array([-1], dtype=np.int32), "7") == ERROR
+    assert await pool.grade_tokens(as_tokens("7"), "7") == RIGHT
+    assert "OverflowError" in caplog.text
+
+
+async def test_hanging_grade_is_killed_and_the_rest_of_the_group_graded(pool, ask, caplog):
     start = time.monotonic()
-    assert await pool.grade(["7", "hang", "7", "hang", "8"], "7") == [RIGHT, TIMEOUT, RIGHT, TIMEOUT, WRONG]
-    assert 1.0 <= time.monotonic() - start < 4.0
-    assert pool.counts == {"graded": 3, "timeout": 2, "error": 0}
+    assert await ask(pool, ["7", "hang", "7", "hang", "8"], "7") == [RIGHT, TIMEOUT, RIGHT, TIMEOUT, WRONG]
+    assert time.monotonic() - start >= 1.0
     assert len(caplog.records) == 1 and "reward.timeout_s=0.5" in caplog.text
     assert len(workers_of(os.getpid())) == 1
 
@@ -111,13 +162,38 @@ async def test_event_loop_keeps_running_while_a_grade_hangs(pool):
     assert max(gaps) < 0.25 and len(gaps) > 10
 
 
-async def test_time_out_is_per_response_not_per_group(tmp_path, monkeypatch):
+async def test_time_out_is_per_response_not_per_group(tmp_path, monkeypatch, ask):
     (tmp_path / "slow_verifier.py").write_text(
         "import time\ndef check(r, a): return time.sleep(0.15) or r == a"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with GradingPool("slow_verifier:check", workers=1, timeout_s=0.6) as pool:
-        assert await pool.grade(["7"] * 8, "7") == [RIGHT] * 8
+    with GradingPool("slow_verifier:check", workers=1, timeout_s=0.6, decoder=BYTES) as pool:
+        assert await ask(pool, ["7"] * 8, "7") == [RIGHT] * 8
+
+
+async def test_time_out_leaves_out_what_a_restarted_worker_loads(tmp_path, monkeypatch, ask):
+    (tmp_path / "slow_to_load.py").write_text(
+        "import time\nfrom pool_verifiers import check\ntime.sleep(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with GradingPool("slow_to_load:check", workers=1, timeout_s=0.6, decoder=BYTES) as pool:
+        assert await ask(pool, ["crash", "7"], "7") == [ERROR, RIGHT]
+
+
+async def test_a_cut_tokenizer_fails_at_construction():
+    cut = DecoderSource(library="tokenizers", body=BYTES.body[:-10])
+    with pytest.raises(UserError, match="cannot be loaded by a grading process with tokenizers"):
+        GradingPool("dapo", workers=1, timeout_s=10, decoder=cut)
+    assert workers_of(os.getpid()) == []
+
+
+async def test_a_tokenizer_in_python_is_loaded_by_transformers(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    source = decoder_source(AutoTokenizer.from_pretrained(tmp_path))
+    assert source == DecoderSource(library="transformers", body=str(tmp_path).encode())
+    with GradingPool(CHECK, workers=1, timeout_s=30, decoder=source) as pool:
+        tokens = np.array(AutoTokenizer.from_pretrained(tmp_path)("½ 7")["input_ids"], dtype=np.int32)
+        assert await pool.grade_tokens(tokens, "½ 7") == RIGHT
 
 
 async def test_what_a_killed_verifier_started_is_killed_too(pool):
@@ -126,9 +202,8 @@ async def test_what_a_killed_verifier_started_is_killed_too(pool):
     assert wait_until(lambda: not processes(lambda command, _: command.strip() == f"sleep {seconds}"))
 
 
-async def test_crash_costs_one_response(pool, caplog):
-    assert await pool.grade(["7", "crash", "7", "crash"], "7") == [RIGHT, ERROR, RIGHT, ERROR]
-    assert pool.counts == {"graded": 2, "timeout": 0, "error": 2}
+async def test_crash_costs_one_response(pool, ask, caplog):
+    assert await ask(pool, ["7", "crash", "7", "crash"], "7") == [RIGHT, ERROR, RIGHT, ERROR]
     assert len(caplog.records) == 1 and "exit status 3" in caplog.text
 
 
@@ -140,11 +215,13 @@ async def test_crash_costs_one_response(pool, caplog):
         ("score", "returned -1.0, it must return True"),
     ],
 )
-async def test_exception_is_an_error_and_its_first_traceback_is_logged_once(pool, caplog, response, logged):
+async def test_exception_is_an_error_and_its_first_traceback_is_logged_once(
+    pool, ask, caplog, response, logged
+):
     caplog.set_level(logging.INFO)
     before = workers_of(os.getpid())
-    assert await pool.grade([response, "7", response], "7") == [ERROR, RIGHT, ERROR]
-    assert await pool.grade([response], "7") == [ERROR]
+    assert await ask(pool, [response, "7", response], "7") == [ERROR, RIGHT, ERROR]
+    assert await ask(pool, [response], "7") == [ERROR]
     assert workers_of(os.getpid()) == before  # no restart was needed
     assert len(caplog.records) == 1
     assert "Traceback" in caplog.text and logged in caplog.text
@@ -156,27 +233,38 @@ async def test_verifier_may_print_and_read_stdin(capfd):
     assert capfd.readouterr().out == ""
 
 
-async def test_worker_that_died_between_groups_is_nobodys_error(pool):
-    assert await pool.grade(["7"], "7") == [RIGHT]
+async def test_worker_that_died_between_responses_is_nobodys_error(pool, ask):
+    assert await ask(pool, ["7"], "7") == [RIGHT]
     (worker,) = workers_of(os.getpid())
     os.kill(worker, signal.SIGKILL)
     assert wait_until(lambda: not alive([worker]))
-    assert await pool.grade(["7"], "7") == [RIGHT]
+    assert await ask(pool, ["7"], "7") == [RIGHT]
 
 
-async def test_cancelled_grade_leaves_the_pool_usable(pool):
-    hanging = asyncio.create_task(pool.grade(["hang"], "7"))
-    waiting = asyncio.create_task(pool.grade(["7"], "7"))
-    await asyncio.sleep(0.1)
-    hanging.cancel()
-    waiting.cancel()
-    assert await pool.grade(["7"], "7") == [RIGHT]
-    assert pool.counts == {"graded": 1, "timeout": 0, "error": 0}  # only what was handed over
+async def test_worker_killed_while_it_grades_costs_that_response(ask, capfd):
+    with GradingPool(CHECK, workers=1, timeout_s=60, decoder=BYTES) as pool:
+        grading = asyncio.create_task(ask(pool, ["hang", "7"], "7"))
+        await hanging(capfd)
+        (worker,) = workers_of(os.getpid())
+        os.kill(worker, signal.SIGKILL)
+        assert await grading == [ERROR, RIGHT]
 
 
-async def test_worker_imports_nothing_heavy(caplog):
-    with GradingPool("pool_verifiers:light", workers=1, timeout_s=10) as pool:
-        assert await pool.grade(["x"], "x") == [RIGHT], caplog.text
+async def test_cancelled_grade_leaves_the_pool_usable_and_is_not_begun(ask, capfd, caplog):
+    with GradingPool(CHECK, workers=1, timeout_s=0.5, decoder=BYTES) as pool:
+        begun = asyncio.create_task(ask(pool, ["hang"], "7"))
+        waiting = asyncio.create_task(ask(pool, ["hang"], "7"))
+        await hanging(capfd)
+        begun.cancel()
+        waiting.cancel()
+        assert await ask(pool, ["7"], "7") == [RIGHT]
+    assert "hanging" not in capfd.readouterr().err
+    assert [record.name for record in caplog.records] == ["megatron_dapo.reward.pool"]  # nothing of asyncio
+
+
+async def test_worker_imports_nothing_heavy(ask, caplog):
+    with GradingPool("pool_verifiers:light", workers=1, timeout_s=10, decoder=BYTES) as pool:
+        assert await ask(pool, ["x"], "x") == [RIGHT], caplog.text
 
 
 @pytest.mark.parametrize("spec", ["dappo", "no_such_module_at_all:check", "pool_verifiers:nothing"])
@@ -195,11 +283,11 @@ def test_impossible_sizes_are_refused(workers, timeout_s, field):
         GradingPool("dapo", workers=workers, timeout_s=timeout_s)
 
 
-async def test_close_ends_all_processes_and_waiting_grades():
-    pool = GradingPool(CHECK, workers=2, timeout_s=60)
+async def test_close_ends_all_processes_and_waiting_grades(ask):
+    pool = GradingPool(CHECK, workers=2, timeout_s=60, decoder=BYTES)
     workers = workers_of(os.getpid())
     assert len(workers) == 2
-    waiting = [asyncio.create_task(pool.grade(["hang"], "7")) for _ in range(4)]
+    waiting = [asyncio.create_task(ask(pool, ["hang"], "7")) for _ in range(4)]
     await asyncio.sleep(0.2)
     start = time.monotonic()
     pool.close()
@@ -208,7 +296,7 @@ async def test_close_ends_all_processes_and_waiting_grades():
     for result in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(result, RuntimeError) and "closed" in str(result)
     with pytest.raises(RuntimeError, match="closed"):
-        await pool.grade(["7"], "7")
+        await ask(pool, ["7"], "7")
     pool.close()
 
 

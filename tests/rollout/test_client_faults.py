@@ -1,4 +1,6 @@
-"""The client against servers that misbehave: strange answers, silence, no progress, no file descriptors."""
+"""The client against servers that misbehave: strange answers, silence, no progress, no file descriptors. Both
+ways that tokens come are checked alike: in frames, and as vLLM's JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
-from support.http_server import choice, forever, metrics, serving
+from support.http_server import choice, forever, frame, metrics, serving, stream
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.errors import UserError
@@ -23,62 +25,86 @@ from megatron_dapo.rollout.client import (
     RequestRefused,
     file_descriptors_needed,
 )
+from megatron_dapo.rollout.wire import EndFrame, ErrorFrame, encode
 from megatron_dapo.types import Completion
+
+NAN = float("nan")
 
 
 async def generate(engine: EngineClient, n: int = 1) -> list[Completion]:
     return await engine.generate([10, 20], n=n, max_tokens=2, temperature=1.0, weight_version=4)
 
 
-async def answered(answer: dict, n: int = 1) -> list[Completion]:
-    """What the client makes of one choice."""
+async def answered(answer, n: int = 1) -> list[Completion]:
+    """What the client makes of one JSON choice (a dict), or of frames."""
 
-    async def handler(request):
+    async def json_handler(request):
         return web.json_response({"choices": [answer]})
 
-    async with serving(generate=handler) as engine:
+    async def handler(request):
+        return await stream(request, answer)
+
+    handlers = {"json": json_handler} if isinstance(answer, dict) else {"generate": handler}
+    async with serving(None, **handlers) as engine:
         return await generate(engine, n)
 
 
 # --- answers
 
 
-async def test_a_completion_is_made_of_arrays():
-    [completion] = await answered(choice())
+@pytest.mark.parametrize("answer", [choice(), [frame()]], ids=["json", "frames"])
+async def test_a_completion_is_made_of_arrays(answer):
+    [completion] = await answered(answer)
     assert completion.tokens.dtype == np.int32 and completion.tokens.tolist() == [7, 8]
     assert completion.logprobs.dtype == np.float32 and completion.logprobs.tolist() == [-0.5, -1.5]
-    assert completion.trained.tolist() == [True, True]
+    assert completion.trained.dtype == np.bool_ and completion.trained.tolist() == [True, True]
+    assert completion.trained.strides == (0,)  # one byte for all tokens
     assert (completion.number, completion.finish_reason, completion.truncated) == (0, "length", True)
 
 
 @pytest.mark.parametrize(
-    ("spans", "expected"),
+    ("runs", "expected"),
     [
-        ([("3", 0, 1), ("4", 1, 2)], ((3, 1), (4, 1))),
-        ([("4", 0, 2)], ((4, 2),)),
-        ([("default", 0, 2)], ((4, 2),)),
-        (None, ((4, 2),)),
+        ([("3", 1), ("4", 1)], ((3, 1), (4, 1))),
+        ([("4", 2)], ((4, 2),)),
+        ([("default", 2)], ((4, 2),)),
+        ([("default", 1), ("4", 1)], ((4, 2),)),
+        ([], ((4, 2),)),
     ],
 )
-async def test_each_token_knows_the_version_that_sampled_it(spans, expected):
-    labels = spans and [{"version": version, "start": start, "end": end} for version, start, end in spans]
-    [completion] = await answered(choice(weight_versions=labels))
-    assert completion.versions == expected
-    assert completion.weight_version == min(version for version, _ in expected)
-
-
-NAN = [{"logprob": -9999.0}, {"logprob": -1.0}]
+async def test_each_token_knows_the_version_that_sampled_it(runs, expected):
+    ends = np.cumsum([count for _, count in runs]).tolist()
+    labels = [
+        {"version": label, "start": end - count, "end": end}
+        for (label, count), end in zip(runs, ends, strict=True)
+    ]
+    for answer in (choice(weight_versions=labels or None), [frame(runs=tuple(runs))]):
+        [completion] = await answered(answer)
+        assert completion.versions == expected
+        assert completion.weight_version == min(version for version, _ in expected)
 
 
 @pytest.mark.parametrize(
     ("answer", "n", "reason", "words"),
     [
-        (choice(logprobs={"content": NAN}), 1, "not_a_number", "not numbers"),
+        (choice(logprobs={"content": [{"logprob": -9999.0}] * 2}), 1, "not_a_number", "not numbers"),
         (choice(logprobs={"content": [{"logprob": None}] * 2}), 1, "not_a_number", "not numbers"),
+        ([frame(logprobs=(-1.0, NAN))], 1, "not_a_number", "not numbers"),
+        ([frame(logprobs=(-1.0, float("-inf")))], 1, "not_a_number", "not numbers"),
         (choice(), 2, "incomplete", "1 completions of 2"),
-        (choice(token_ids=[7, 8, 9]), 1, "incomplete", "3 tokens, 2 log-probabilities"),
+        ([frame()], 2, "incomplete", "1 completions of 2"),
+        ([frame(index=3)], 1, "incomplete", "response 3 of 1"),
+        (choice(token_ids=[7, 8, 9]), 1, "incomplete", "3 tokens and 2 log-probabilities"),
+        (choice(logprobs=None), 1, "incomplete", "2 tokens and 0 log-probabilities"),
         (choice(token_ids=[], logprobs={"content": []}), 1, "incomplete", "0 tokens"),
+        ([frame((), ())], 1, "incomplete", "0 tokens"),
         (choice(finish_reason="abort"), 1, "aborted", "abort"),
+        ([frame(finish_reason="abort")], 1, "aborted", "abort"),
+        ([frame(finish_reason=None)], 1, "aborted", "None"),
+        (encode(frame()), 1, "incomplete", "ends early"),
+        (encode(frame())[:-1] + b"?" + encode(EndFrame(count=1)), 1, "incomplete", "checksum"),
+        (encode(frame()) + encode(EndFrame(count=2)), 1, "incomplete", "1 responses arrived of 2"),
+        ([ErrorFrame(status=500, reason="server_error", text="it broke")], 1, "server_error", "it broke"),
     ],
 )
 async def test_a_strange_answer_fails_that_request_by_a_reason(answer, n, reason, words):
@@ -87,6 +113,7 @@ async def test_a_strange_answer_fails_that_request_by_a_reason(answer, n, reason
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("route", ["generate", "json"])
 @pytest.mark.parametrize(
     ("status", "text", "error"),
     [
@@ -96,25 +123,54 @@ async def test_a_strange_answer_fails_that_request_by_a_reason(answer, n, reason
         (422, "no such field", RequestRefused),
     ],
 )
-async def test_an_error_status_says_whether_the_request_or_the_engine_is_at_fault(status, text, error):
+async def test_an_error_status_says_whether_the_request_or_the_engine_is_at_fault(route, status, text, error):
     async def handler(request):
         return web.Response(status=status, text=text)
 
-    async with serving(generate=handler) as engine:
+    async with serving(None, **{route: handler}) as engine:
         with pytest.raises(error, match=text) as caught:
             await generate(engine)
     assert type(caught.value) is error
     assert isinstance(caught.value, UserError) == (error is RequestRefused)
 
 
+async def test_an_engine_that_dies_while_it_answers_is_dead():
+    with pytest.raises(EngineDied, match="EngineCore encountered"):
+        text = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+        await answered([frame(), ErrorFrame(status=503, reason="engine_died", text=text)], n=2)
+
+
+async def test_a_server_that_dies_while_it_answers_is_dead():
+    async def handler(request):
+        response = await stream(request, encode(frame()))
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    async with serving(generate=handler) as engine:
+        with pytest.raises(EngineDied, match="is gone"):
+            await generate(engine)
+
+
 # --- progress
 
 
-async def test_no_progress_ends_all_requests_of_that_server():
-    async def counters(request):
-        return web.Response(text=metrics(tokens=5))
+def counters(tokens: int):
+    """Handlers of both ways to say how far the server is."""
 
-    async with serving({"progress_timeout_s": 0.2}, generate=forever, metrics=counters) as engine:
+    async def progress(request):
+        return web.json_response({"tokens": tokens})
+
+    async def loads(request):
+        return web.Response(text=metrics(tokens=tokens))
+
+    return {"progress": progress, "metrics": loads}
+
+
+@pytest.mark.parametrize("route", ["generate", "json"])
+async def test_no_progress_ends_all_requests_of_that_server(route):
+    options = {"progress_timeout_s": 0.2}
+    async with serving(options, **{route: forever}, **counters(5)) as engine:
         began = time.monotonic()
         errors = await asyncio.gather(*(generate(engine) for _ in range(3)), return_exceptions=True)
         assert [type(error) for error in errors] == [EngineStalled] * 3
@@ -123,7 +179,7 @@ async def test_no_progress_ends_all_requests_of_that_server():
 
 
 async def test_a_server_whose_counters_do_not_answer_has_no_progress():
-    async with serving({"progress_timeout_s": 0.2}, generate=forever, metrics=forever) as engine:
+    async with serving({"progress_timeout_s": 0.2}, generate=forever, progress=forever) as engine:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(EngineStalled):
             patch.setattr(client_module, "PROBE_TIMEOUT_S", 0.1)
             await generate(engine)
@@ -132,30 +188,114 @@ async def test_a_server_whose_counters_do_not_answer_has_no_progress():
 async def test_a_request_may_take_long_while_tokens_come():
     tokens = 0
 
-    async def counters(request):
+    async def progress(request):
         nonlocal tokens
         tokens += 1
-        return web.Response(text=metrics(tokens=tokens))
+        return web.json_response({"tokens": tokens})
 
     async def slow(request):
         await asyncio.sleep(0.8)
-        return web.json_response({"choices": [choice()]})
+        return await stream(request, [frame()])
 
-    async with serving({"progress_timeout_s": 0.2}, generate=slow, metrics=counters) as engine:
+    async with serving({"progress_timeout_s": 0.2}, generate=slow, progress=progress) as engine:
         assert len(await generate(engine)) == 1
 
 
-async def test_the_clock_of_progress_starts_with_the_first_request():
-    async def counters(request):
-        return web.Response(text=metrics(tokens=5))
+async def test_responses_that_arrive_are_progress_and_nothing_is_asked():
+    looks = 0
 
+    async def progress(request):
+        nonlocal looks
+        looks += 1
+        return web.json_response({"tokens": 5})
+
+    async def steady(request):
+        response = await stream(request, b"")
+        for index in range(12):
+            await response.write(encode(frame(index=index)))
+            await asyncio.sleep(0.1)
+        await response.write(encode(EndFrame(count=12)))
+        return response
+
+    async with serving({"progress_timeout_s": 5.0}, generate=steady, progress=progress) as engine:
+        assert len(await generate(engine, n=12)) == 12  # more than a second, the time between two looks
+    assert looks == 0
+
+
+async def test_the_clock_of_progress_starts_with_the_first_request():
     async def quick(request):
         await asyncio.sleep(0.1)
-        return web.json_response({"choices": [choice()]})
+        return await stream(request, [frame()])
 
-    async with serving({"progress_timeout_s": 0.3}, generate=quick, metrics=counters) as engine:
+    async with serving({"progress_timeout_s": 0.3}, generate=quick, **counters(5)) as engine:
         for _ in range(2):
             await asyncio.sleep(0.4)  # idle for longer than the time-out
+            await generate(engine)
+
+
+async def done(request):
+    return web.json_response({})
+
+
+async def test_a_server_that_was_paused_is_not_stalled_and_not_asked():
+    looks = 0
+
+    async def progress(request):
+        nonlocal looks
+        looks += 1
+        return web.json_response({"tokens": 5})
+
+    handlers = {"generate": forever, "pause": done, "resume": done, "progress": progress}
+    async with serving({"progress_timeout_s": 0.4}, **handlers) as engine:
+        request = asyncio.ensure_future(generate(engine))
+        while not looks:
+            await asyncio.sleep(0.01)
+        await engine.pause("keep")
+        before = looks
+        await asyncio.sleep(0.8)
+        assert not request.done() and looks == before
+        await engine.resume()
+        began = time.monotonic()
+        with pytest.raises(EngineStalled):
+            await request
+        assert time.monotonic() - began > 0.3  # the time-out begins anew
+
+
+async def test_a_pause_that_begins_while_the_server_is_asked_stops_the_clock_too():
+    asked = asyncio.Event()
+
+    async def progress(request):
+        asked.set()
+        await asyncio.sleep(0.3)
+        return web.json_response({"tokens": 5})
+
+    handlers = {"generate": forever, "pause": done, "progress": progress}
+    async with serving({"progress_timeout_s": 0.2}, **handlers) as engine:
+        request = asyncio.ensure_future(generate(engine))
+        await asked.wait()
+        await engine.pause("keep")
+        await asyncio.sleep(0.5)
+        assert not request.done()
+        request.cancel()
+
+
+async def test_while_a_pause_waits_for_requests_they_must_get_on():
+    async with serving({"progress_timeout_s": 0.2}, generate=forever, pause=forever, **counters(5)) as engine:
+        pausing = asyncio.ensure_future(engine.pause("wait"))
+        with pytest.raises(EngineStalled):
+            await generate(engine)
+        pausing.cancel()
+        await asyncio.gather(pausing, return_exceptions=True)
+
+
+async def test_a_pause_that_fails_stops_no_clock():
+    async def broken(request):
+        return web.Response(status=500, text="no")
+
+    async with serving({"progress_timeout_s": 0.2}, generate=forever, pause=broken, **counters(5)) as engine:
+        with pytest.raises(RequestFailed):
+            await engine.pause("keep")
+        with pytest.raises(EngineStalled):
             await generate(engine)
 
 
@@ -163,28 +303,27 @@ async def test_a_server_without_statistics_is_refused_with_words():
     async def nothing(request):
         return web.Response(text="# nothing\n")
 
-    async with serving({"progress_timeout_s": 0.2}, generate=forever, metrics=nothing) as engine:
+    async with serving({"progress_timeout_s": 0.2}, json=forever, metrics=nothing) as engine:
         with pytest.raises(UserError, match="--disable-log-stats"):
             await generate(engine)
 
 
-async def test_what_the_server_runs_is_its_last_word_and_what_was_sent_since():
+async def test_without_our_route_the_server_says_what_runs_and_what_was_sent_since_is_added():
     answer = asyncio.Event()
 
-    async def counters(request):
+    async def loads(request):
         return web.Response(text=metrics(tokens=5, running=3))
 
     async def waits(request):
         await answer.wait()
         return web.json_response({"choices": [choice() | {"index": i} for i in range(8)]})
 
-    async with serving({"progress_timeout_s": 1.0}, generate=waits, metrics=counters) as engine:
-        assert engine.sequences_on_server() is None
+    async with serving({"progress_timeout_s": 1.0}, json=waits, metrics=loads) as engine:
         first = asyncio.ensure_future(generate(engine, n=8))
         async with asyncio.timeout(2):
-            while engine.sequences_on_server() is None:
+            while (running := engine.sequences_on_server()) in (0, 8, None):
                 await asyncio.sleep(0.01)
-        assert engine.sequences_on_server() == 3 + 1  # running and waiting
+        assert running == 3 + 1  # running and waiting
         second = asyncio.ensure_future(generate(engine, n=8))
         await asyncio.sleep(0)
         assert engine.sequences_on_server() == 4 + 8
@@ -214,7 +353,8 @@ async def test_closing_the_client_ends_its_requests():
         assert [type(error) for error in errors] == [EngineDied] * 3
 
 
-async def test_cancelling_a_request_closes_its_connection():
+@pytest.mark.parametrize("route", ["generate", "json"])
+async def test_cancelling_a_request_closes_its_connection(route):
     ended = asyncio.Event()
 
     async def handler(request):
@@ -223,16 +363,56 @@ async def test_cancelling_a_request_closes_its_connection():
         finally:
             ended.set()
 
-    async with serving(generate=handler) as engine:
+    async with serving(None, **{route: handler}) as engine:
         request = asyncio.ensure_future(generate(engine))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
+        assert engine.sequences_on_server() in (0, None)
         await engine.close()
         assert engine._watching is not None
         await asyncio.wait({engine._watching}, timeout=2)
         assert engine._watching.done()
+
+
+async def test_only_requests_that_may_be_made_twice_use_a_connection_again():
+    """After an exception a server drops the connection without saying so, and the next request finds out."""
+    ports = []
+
+    async def handler(request):
+        assert request.transport is not None
+        ports.append(request.transport.get_extra_info("peername")[1])
+        if request.path == "/reset_prefix_cache":
+            return web.json_response({"success": True})
+        return await stream(request, [frame()])
+
+    async with serving(generate=handler, reset=handler) as engine:
+        for _ in range(2):
+            await generate(engine)
+        for _ in range(2):
+            await engine.reset_prefix_cache()
+    assert ports[0] == ports[1] and len(set(ports)) == 3
+
+
+@pytest.mark.parametrize("path", ["generate", "json"])
+async def test_a_connection_that_was_dropped_meanwhile_is_no_dead_engine(path):
+    asked = 0
+
+    async def handler(request):
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            assert request.transport is not None
+            request.transport.abort()
+        if path == "json":
+            return web.json_response({"choices": [choice()]})
+        return await stream(request, [frame()])
+
+    async with serving(None, **{path: handler}) as engine:
+        for _ in range(2):
+            assert len(await generate(engine)) == 1
+    assert asked == 3
 
 
 async def test_a_health_probe_takes_at_most_ten_seconds(monkeypatch):
@@ -242,6 +422,12 @@ async def test_a_health_probe_takes_at_most_ten_seconds(monkeypatch):
         began = time.monotonic()
         assert await engine.health() is False
         assert time.monotonic() - began < 2
+
+
+async def test_a_first_token_that_does_not_come_is_a_time_out():
+    async with serving(generate=forever) as engine:
+        with pytest.raises(TimeoutError, match=r"did not generate a first token within 0\.1 s"):
+            await engine.warm_up(0.1)
 
 
 async def test_waiting_until_idle_has_an_end():

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import random
 
+import numpy as np
 import pytest
 from support.collecting import (
     MIXED,
     RIGHT,
     WRONG,
+    G,
     Sampler,
     believe,
+    carried,
     collect,
     informative_prefix,
     make,
     positions,
-    positions_of_state,
+    state_of,
+    waiting,
 )
 from support.samples import make_group, make_prompt
 
 from megatron_dapo.rollout.collect import Collector
-from megatron_dapo.types import Collected
+from megatron_dapo.types import Collected, Group, GroupFacts, Partial, Timing
 
 # --- order ------------------------------------------------------------------------------
 
@@ -168,7 +173,7 @@ async def test_strict_all_of_it_is_put_back_and_sampled_anew_whatever_its_verdic
     assert sorted(sampler.cancelled) == [7, 8] and first.counts["aborted"] == 2
     assert first.counts["surplus_dropped"] == 4
     assert not first.counts.keys() & {"all_correct", "all_wrong"}  # they were not reached
-    assert collector.state()["carried"] == [] and positions_of_state(collector) == [3, 4, 5, 6, 7, 8]
+    assert carried(collector.state()) == [] and waiting(collector.state()) == [3, 4, 5, 6, 7, 8]
     sampler.stream.correct[4] = MIXED  # the next policy can do it
     second = await collect(collector, sampler, 11)
     assert sampler.started[:3] == [3, 4, 5]
@@ -180,7 +185,7 @@ async def test_aged_all_of_it_stays_and_running_requests_go_on():
     collector, sampler, first = await behind(max_age=1)
     assert sampler.cancelled == [] and first.counts["left_running"] == 2
     assert first.counts["carried_over"] == 4
-    assert positions(collector.state()["carried"]) == [3, 4, 5, 6] and positions_of_state(collector) == [7, 8]
+    assert carried(collector.state()) == [3, 4, 5, 6] and waiting(collector.state()) == [7, 8]
     sampler.stream.correct[4] = MIXED  # too late: the group of version 10 keeps its verdict
     await collector.stop()
     second = await collect(collector, sampler, 11)
@@ -216,8 +221,7 @@ async def test_nothing_is_dropped_for_its_age(max_age, age, overdue):
 
 async def test_requests_are_admitted_only_if_they_are_consumed_within_max_age_steps():
     """Hand-computed: K = 3 and max_age 1 allow 6 informative groups, at pass rate 1/2 of 12 prompts."""
-    collector, sampler = make([MIXED, WRONG] * 50, max_age=1, max_prompts=100)
-    collector.run_ahead = 1000
+    collector, sampler = make([MIXED, WRONG] * 50, max_age=1, max_prompts=100, run_ahead=None)
     believe(collector, 0.5)
     sampler.held = set(range(100))
     task = asyncio.ensure_future(collector.collect(0))
@@ -231,20 +235,93 @@ async def test_requests_are_admitted_only_if_they_are_consumed_within_max_age_st
 async def test_a_carried_group_waits_for_the_prompts_before_it():
     """4 was aborted, 5 is finished and carried: 5 may only be accepted after 4 is known."""
     collector, sampler = make(max_age=1)
-    waiting, carried = [make_prompt(4)], [make_group(make_prompt(p), MIXED) for p in (5, 6, 7, 8)]
-    collector.load_state({"waiting": waiting, "carried": carried, "verdicts": (9e5, 9e5)})
+    collector.load_state(state_of(waiting=[4], carried=[5, 6, 7, 8]))
     sampler.stream.position = 9
     sampler.delays = {4: 50}
     collected = await collect(collector, sampler, 1)
     assert positions(collected.groups) == [4, 5, 6]
     assert sampler.started == [4]
-    assert positions(collector.state()["carried"]) == [7, 8]
+    assert carried(collector.state()) == [7, 8]
 
 
 async def test_enough_carried_groups_need_no_request():
     collector, sampler = make(max_age=1)
-    carried = [make_group(make_prompt(p), MIXED) for p in range(4)]
-    collector.load_state({"waiting": [], "carried": carried, "verdicts": (9e5, 9e5)})
+    collector.load_state(state_of(carried=range(4)))
     collected = await collect(collector, sampler, 1)
     assert positions(collected.groups) == [0, 1, 2] and sampler.started == []
-    assert positions(collector.state()["carried"]) == [3]
+    assert carried(collector.state()) == [3]
+
+
+# --- what is kept of a group --------------------------------------------------------------
+
+
+async def test_a_group_that_no_step_can_train_on_is_kept_as_facts():
+    """4 of 4 and 0 of 4 right are never trained on; 1 of 4 is outside of (0.4, 0.6)."""
+    collector, sampler = make([RIGHT, WRONG, 1, MIXED, MIXED, MIXED], low=0.4, high=0.6, max_age=1)
+    sampler.held = {0}
+    task = asyncio.ensure_future(collector.collect(0))
+    while not {1, 2, 3} <= set(sampler.finished):
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    slots = collector.state()["slots"]
+    assert [type(slot.result) for slot in slots[1:4]] == [GroupFacts, GroupFacts, Group]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_window_that_may_widen_keeps_what_it_may_come_to():
+    """Widened, (0.4, 0.6) comes to (0, 1): 1 and 3 of 4 right are trained on then, 0 and 4 never."""
+    collector, _ = make(low=0.4, high=0.6, adaptive=True)
+    kept = [type(collector._kept_of(make_group(make_prompt(0), correct))) for correct in range(5)]
+    assert kept == [GroupFacts, Group, Group, Group, GroupFacts]
+    collector, _ = make(dynamic=False)
+    assert isinstance(collector._kept_of(make_group(make_prompt(0), RIGHT)), Group)
+
+
+async def test_the_facts_of_all_that_finished_are_told_with_their_verdicts():
+    collector, _ = make([RIGHT, WRONG, 1, MIXED, 3], low=0.4, high=0.6, prompts_per_step=2)
+    collected = await collect(collector, _)
+    verdicts = {facts.position: facts.verdict for facts in collected.sampled}
+    assert {p: verdicts[p] for p in range(6)} == {
+        0: "all_correct",
+        1: "all_wrong",
+        2: "outside_window",
+        3: "accepted",
+        4: "outside_window",
+        5: "accepted",
+    }
+    assert all(facts.lengths == (1, 1, 1, 1) for facts in collected.sampled)
+
+
+async def test_a_checkpoint_of_what_runs_is_taken_by_its_beginnings():
+    """3 and 5 are finished; 4 runs and has two tokens; 6 has none yet. 3 was made by an engine that is mute:
+    whatever it made is sampled again.
+    """
+    collector, sampler = make(max_age=1)
+    believe(collector, 0.5)
+    sampler.delays = {0: 20}
+    sampler.held = {4, 6, 7, 8}
+    await collect(collector, sampler)
+    began = {4: beginnings(2), 6: beginnings(0)}
+    slots = {slot.prompt.position: slot for slot in collector.state(began)["slots"]}
+    assert slots[4].began == began[4] and slots[6].began == () and slots[7].began == ()
+    assert [position for position, slot in slots.items() if slot.result is not None] == [3, 5]
+    timing = Timing(engine="engine_1", sent=0, answered=0, graded=0)
+    for slot in collector._slots:
+        if slot.prompt.position in (3, 5):
+            assert isinstance(slot.result, Group)
+            engine = {3: "engine_1", 5: "engine_0"}[slot.prompt.position]
+            made_by = dataclasses.replace(timing, engine=engine)
+            slot.result = dataclasses.replace(slot.result, timing=made_by)
+    assert carried(collector.state(began, lost={"engine_1"})) == [5]
+    other, resumed = make(max_age=1)
+    other.load_state(collector.state(began))
+    resumed.stream.position = 9
+    assert positions((await collect(other, resumed, 1)).groups) == [3, 4, 5]
+    assert resumed.started[:4] == [4, 6, 7, 8] and resumed.began == {4: began[4]}
+
+
+def beginnings(tokens: int) -> tuple[Partial, ...]:
+    zeros = np.zeros(tokens, np.int32)
+    versions = ((0, tokens),) if tokens else ()
+    return (Partial(tokens=zeros, logprobs=zeros.astype(np.float32), versions=versions),) * G

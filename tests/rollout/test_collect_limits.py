@@ -13,16 +13,16 @@ from support.collecting import (
     WRONG,
     Sampler,
     believe,
+    carried,
     collect,
     make,
     positions,
-    positions_of_state,
+    state_of,
+    waiting,
 )
-from support.samples import make_group, make_prompt
 
-from megatron_dapo.errors import UserError
-from megatron_dapo.rollout.client import EngineDied
-from megatron_dapo.rollout.collect import Collector, SamplingCapReached, _Slot
+from megatron_dapo.rollout.collect import Collector, SamplingCapReached
+from megatron_dapo.rollout.errors import EngineDied
 
 # --- caps, windows and the end of the data ----------------------------------------------
 
@@ -68,10 +68,7 @@ async def test_a_smaller_batch_keeps_informative_groups_behind_a_gap():
     nor vanish.
     """
     collector, sampler = make([MIXED, WRONG, WRONG], max_prompts=3, on_cap="train_smaller_batch", max_age=2)
-    carried = [make_group(make_prompt(4), MIXED)]
-    collector.load_state(
-        {"waiting": [make_prompt(p) for p in range(4)], "carried": carried, "verdicts": (9e5, 9e5)}
-    )
+    collector.load_state(state_of(waiting=range(4), carried=[4]))
     sampler.stream.position = 5
     first = await collect(collector, sampler, 1)
     assert positions(first.groups) == [0] and first.counts["carried_over"] == 1
@@ -267,24 +264,8 @@ async def aged_with_some_left_running() -> tuple[Collector, Sampler]:
     believe(collector, 0.5)  # 9 go out for 3
     sampler.delays = {0: 5, 3: 1, 5: 1} | {position: 20 for position in (4, 6, 7, 8)}
     await collect(collector, sampler, 5)
-    assert positions(collector.state()["carried"]) == [3, 5]
+    assert carried(collector.state()) == [3, 5]
     return collector, sampler
-
-
-async def test_a_checkpoint_keeps_no_group_of_requests_that_the_last_push_cut_in_two():
-    """4 to 8 finish before the push and are kept, long or short. 9 begins after it and finishes, 10 begins
-    and runs: to keep 9 alone would favour short responses.
-    """
-    collector, sampler = await aged_with_some_left_running()
-    for _ in range(25):
-        await asyncio.sleep(0)
-    collector._take_finished()
-    assert positions(collector.state()["carried"]) == [3, 4, 5, 6, 7, 8]
-    collector._slots += [late := _Slot(make_prompt(9), admitted=True), _Slot(make_prompt(10), admitted=True)]
-    late.group = make_group(make_prompt(9), MIXED, version=6)
-    state = collector.state()
-    assert positions(state["carried"]) == [3, 4, 5, 6, 7, 8]
-    assert [prompt.position for prompt in state["waiting"]] == [9, 10]
 
 
 async def test_a_request_that_fails_between_two_steps_is_made_again():
@@ -304,7 +285,7 @@ async def test_a_stop_between_two_steps_keeps_nothing_rather_than_the_short_ones
     collector, sampler = await aged_with_some_left_running()
     await collector.stop()
     assert sampler.running == 0 and sorted(sampler.cancelled) == [4, 6, 7, 8]
-    assert collector.state()["carried"] == [] and positions_of_state(collector) == [3, 4, 5, 6, 7, 8]
+    assert carried(collector.state()) == [] and waiting(collector.state()) == [3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -343,12 +324,14 @@ async def test_random_runs_keep_the_balance(seed):
         assert counts.get("carried", 0) == balance
         balance = counts.get("carried_over", 0)
         settled |= {*positions(collected.groups), *positions(collected.sampled)}
-        left = {*positions(collector.state()["carried"]), *positions_of_state(collector)}
+        left = {slot.prompt.position for slot in collector.state()["slots"]}
         assert settled | left == set(range(sampler.stream.position)), "a prompt was lost"
     assert len(set(trained)) == len(trained), "a prompt was trained on twice"
 
 
-async def test_the_state_of_an_earlier_version_is_refused_by_name():
-    collector, _ = make()
-    with pytest.raises(UserError, match=r"checkpoint\.resume: .* by an earlier version.*another run\.dir"):
-        collector.load_state({"waiting": [], "carried": [], "pass_rate": 1.0})
+async def test_a_strict_run_that_goes_on_from_an_aged_one_samples_all_anew():
+    collector, sampler = make(max_age=0)
+    collector.load_state(state_of(waiting=[4], carried=[5, 6, 7]))
+    sampler.stream.position = 8
+    groups = (await collect(collector, sampler, 9)).groups
+    assert positions(groups) == [4, 5, 6] and {group.weight_version for group in groups} == {9}

@@ -8,7 +8,7 @@ import pytest
 from support.engines import Engines, FakeClient
 
 from megatron_dapo.errors import UserError
-from megatron_dapo.rollout.client import EngineDied, EngineStalled, RequestFailed, RequestRefused
+from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed, RequestRefused
 from megatron_dapo.rollout.fleet import EngineFailure, Fleet
 
 
@@ -283,7 +283,7 @@ async def test_pause_leaves_nothing_in_flight_on_any_replica():
     assert engines.client(0).running == engines.client(1).running == 0
     for client in (engines.client(0), engines.client(1)):
         await client.reset_prefix_cache()
-    fleet.resume()
+    await fleet.resume()
     assert engines.states == ["ready", "ready"]
     await asyncio.wait_for(late, 2)
 
@@ -298,7 +298,7 @@ async def test_a_server_that_does_not_get_idle_is_restarted():
     engines.client(0).wait_idle = busy
     await fleet.pause()
     assert engines.states == ["dead", "draining"]
-    fleet.resume()
+    await fleet.resume()
     await engines.until(lambda: engines.states == ["stale", "ready"])
 
 
@@ -331,7 +331,7 @@ async def test_a_replica_without_the_new_weights_takes_no_request():
     fleet = await engines.started(version=0)
     await fleet.pause()
     fleet.set_ready("engine_1", 1)
-    fleet.resume()
+    await fleet.resume()
     assert engines.states == ["stale", "ready"]
     await generate_all(fleet, 3)
     assert engines.client(0).started == [] and engines.client(1).seeds == {i: 1000 + i for i in range(3)}

@@ -43,6 +43,37 @@ async def test_the_token_opens_every_path(monkeypatch, path, authorization, expe
     assert await status(path, [(b"authorization", value) for value in authorization]) == expected
 
 
+async def test_our_own_paths_go_to_our_route(monkeypatch):
+    """And only with the token, whatever stands behind them."""
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append("vllm")
+
+    async def route(scope, receive, send):
+        reached.append("ours")
+
+    middleware = RunToken(app)
+    monkeypatch.setattr(middleware, "_route", route)
+    answers = []
+
+    async def send(message):
+        answers.append(message)
+
+    token = [(b"authorization", b"Bearer secret")]
+    for kind, path, headers in (
+        ("http", "/megatron_dapo/v1/generate", token),
+        ("http", "/megatron_dapo/v1/generate", []),
+        ("http", "/megatron_dapo", token),
+        ("http", "/inference/v1/generate", token),
+        ("websocket", "/megatron_dapo/v1/generate", token),
+    ):
+        await middleware({"type": kind, "path": path, "headers": headers}, None, send)
+    assert reached == ["ours", "vllm", "vllm", "vllm"]
+    assert answers[0]["status"] == 401
+
+
 async def test_websockets_are_closed_and_start_up_passes(monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     assert await status("/v1/realtime", [], kind="websocket") == "closed"
@@ -56,13 +87,15 @@ def test_no_server_without_a_token(monkeypatch, token):
     if token is not None:
         monkeypatch.setenv(TOKEN_VARIABLE, token)
     with pytest.raises(ValueError, match=TOKEN_VARIABLE):
-        RunToken(None)
+        RunToken(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
     [
         ("POST", "/inference/v1/generate"),
+        ("POST", "/megatron_dapo/v1/generate"),
+        ("GET", "/megatron_dapo/v1/partials"),
         ("POST", "/inference/v1/abort_requests"),
         ("POST", "/v1/completions"),
         ("POST", "/pause"),

@@ -1,10 +1,13 @@
-"""Progress is read from vLLM's counters."""
+"""Progress is read from vLLM's counters; requests of a server without any are ended."""
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
 from support.http_server import metrics
 
-from megatron_dapo.rollout.progress import ProgressClock, ServerLoad, parse_load
+from megatron_dapo.rollout.progress import InFlight, ProgressClock, ServerLoad, parse_load
 
 
 def test_the_load_is_read_from_the_counters_and_nothing_else():
@@ -38,3 +41,66 @@ def test_time_without_progress():
     assert clock.without_progress(127.5) == 0.5
     clock.answered(now=130.0)
     assert clock.without_progress(131.0) == 1.0
+
+
+# --- requests in flight
+
+
+async def request(in_flight: InFlight) -> None:
+    with in_flight.one():
+        await asyncio.Event().wait()
+
+
+async def started(in_flight: InFlight, number: int) -> list[asyncio.Task]:
+    tasks = [asyncio.ensure_future(request(in_flight)) for _ in range(number)]
+    await asyncio.sleep(0)
+    assert len(in_flight) == number
+    return tasks
+
+
+async def test_all_requests_in_flight_are_ended_with_an_error():
+    in_flight = InFlight()
+    tasks = await started(in_flight, 3)
+    error = TimeoutError("stalled")
+    in_flight.end(error)
+    assert await asyncio.gather(*tasks, return_exceptions=True) == [error] * 3
+    assert len(in_flight) == 0
+    [later] = await started(in_flight, 1)  # an end is not for requests that come after it
+    later.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await later
+
+
+async def test_a_request_that_was_ended_can_be_gone_on_from():
+    """Its task is not cancelled: it can make the request again."""
+    in_flight = InFlight()
+
+    async def twice() -> str:
+        with pytest.raises(TimeoutError):
+            await request(in_flight)
+        await asyncio.sleep(0)
+        return "again"
+
+    task = asyncio.ensure_future(twice())
+    await asyncio.sleep(0)
+    in_flight.end(TimeoutError())
+    assert await task == "again"
+
+
+async def test_a_cancelled_request_is_cancelled_even_if_it_is_ended_too():
+    in_flight = InFlight()
+    [task] = await started(in_flight, 1)
+    task.cancel()
+    in_flight.end(TimeoutError())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(in_flight) == 0
+
+
+async def test_ending_twice_gives_the_first_error():
+    in_flight = InFlight()
+    [task] = await started(in_flight, 1)
+    in_flight.end(TimeoutError("first"))
+    in_flight.end(TimeoutError("second"))
+    with pytest.raises(TimeoutError, match="first"):
+        await task

@@ -97,7 +97,7 @@ async def test_requests_that_get_room_at_once_are_spread_over_the_replicas():
     fleet.router.paused = True
     tasks = [asyncio.ensure_future(generate(fleet, prompt, n=16)) for prompt in range(12)]
     await ticks(5)
-    fleet.resume()
+    await fleet.resume()
     await ticks(5)
     assert [len(engines.client(index).started) for index in range(4)] == [3, 3, 3, 3]
     for task in tasks:

@@ -6,10 +6,10 @@ import pytest
 from support.engines import Engines, FakeClient
 from support.service import GREEDY, positions, prompts, started, wait_until
 
-from megatron_dapo.rollout.client import EngineDied, RequestFailed
 from megatron_dapo.rollout.collect import SamplingCapReached
+from megatron_dapo.rollout.errors import EngineDied, RequestFailed
 from megatron_dapo.rollout.fleet import EngineFailure
-from megatron_dapo.rollout.service import WeightsNeeded
+from megatron_dapo.rollout.rollouts import WeightsNeeded
 
 
 def test_a_dying_engine_in_an_evaluation_costs_its_own_requests_and_the_push_after_goes_through(services):

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from support.simulated_engines import in_loop, make_client, make_engine
 
 from megatron_dapo.rollout.client import EngineDied, EngineStalled
-from megatron_dapo.rollout.simulate_client import SimulatedClient
 from megatron_dapo.rollout.simulate_clock import run_virtual
-from megatron_dapo.rollout.simulate_engine import Engine, Meter
-from megatron_dapo.rollout.simulate_model import Fault, Profile
-
-NO_PREFILL = 1e12
-PLENTY = 1e9
-
-
-def make_engine(speeds: dict[int, float], *, max_running: int = 64, **options: Any) -> Engine:
-    values = {"kv_tokens": PLENTY, "prefill_tokens_per_second": NO_PREFILL, "start_s": 0.0, "sync_s": 0.0}
-    profile = Profile(tokens_per_second=speeds, **{**values, "train_tokens_per_second": 1.0, **options})
-    engine = Engine(0, profile, max_running=max_running, stalled_after_s=30, meter=Meter())
-    engine.is_up = True
-    return engine
+from megatron_dapo.rollout.simulate_engine import Engine
+from megatron_dapo.rollout.simulate_model import Fault
 
 
 def ends(engine: Engine, *lengths: int, prompt_tokens: int = 1, after: float = 0.0) -> list[float]:
@@ -39,10 +27,6 @@ def ends(engine: Engine, *lengths: int, prompt_tokens: int = 1, after: float = 0
         waits = [0.0] * (len(lengths) - 1) + [after]
         return await asyncio.gather(*(one(*pair) for pair in zip(lengths, waits, strict=True)))
 
-    return run_virtual(main)[0]
-
-
-def in_loop(main: Callable[[], Awaitable[Any]]) -> Any:
     return run_virtual(main)[0]
 
 
@@ -95,6 +79,9 @@ def test_seconds_are_counted_by_phase_and_state():
         await engine.submit(1, [20]).done  # busy for 2 s
         engine.set_phase("trainer")
         await asyncio.sleep(4)
+        engine.hold(asleep=True)
+        await asyncio.sleep(16)
+        engine.hold(asleep=False)
         engine.stop()
         await asyncio.sleep(8)
         engine.set_phase("end")
@@ -105,6 +92,7 @@ def test_seconds_are_counted_by_phase_and_state():
         ("rollout", "idle"): pytest.approx(1),
         ("rollout", "busy"): pytest.approx(2),
         ("trainer", "idle"): pytest.approx(4),
+        ("trainer", "asleep"): pytest.approx(16),
         ("trainer", "down"): pytest.approx(8),
     }
 
@@ -112,17 +100,12 @@ def test_seconds_are_counted_by_phase_and_state():
 # --- the client, and faults
 
 
-def make_client(engine: Engine, length: int, lost: list[tuple[int, int, str]]) -> SimulatedClient:
-    def outcome(position: int, version: int, n: int) -> tuple[list[int], list[bool]]:
-        return [length + i for i in range(n)], [i == 0 for i in range(n)]
-
-    return SimulatedClient(engine, outcome, lambda *what: lost.append(what), longest=100)
-
-
 def test_completions_have_the_drawn_lengths_and_their_tokens_are_the_verdict():
     async def main() -> list[Any]:
         client = make_client(make_engine({1: 10}), 4, [])
-        return await client.generate(range(7, 9), n=2, max_tokens=5, weight_version=3, seed=None)
+        return await client.generate(
+            range(7, 9), n=2, max_tokens=5, weight_version=2, seed=None
+        )  # the engine says 3
 
     first, second = in_loop(main)
     assert first.tokens.tolist() == [1] * 4 and second.tokens.tolist() == [0] * 5
@@ -180,19 +163,22 @@ def test_a_slow_engine_takes_its_factor_longer():
     assert in_loop(main) == pytest.approx(1 + 10)
 
 
-def test_the_load_is_the_servers_word_of_up_to_a_second_ago_and_what_was_sent_since():
+def test_the_load_is_what_was_asked_for_and_has_not_ended():
     async def main() -> None:
-        engine = make_engine({1: 10})
-        client = make_client(engine, 4, [])  # 5 samples of 4 to 8 tokens: they end at 2.0, 2.4, 2.7, ...
+        client = make_client(
+            make_engine({1: 10}), 4, []
+        )  # 5 samples of 4 to 8 tokens end at 2.0, 2.4, 2.7, ...
         calls = [asyncio.ensure_future(client.generate([0], n=5, max_tokens=99, weight_version=0))]
-        await asyncio.sleep(0.5)
-        assert client.sequences_on_server() is None
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(2.5)
         assert client.sequences_on_server() == 3
         calls.append(asyncio.ensure_future(client.generate([1], n=3, max_tokens=99, weight_version=0)))
-        await asyncio.sleep(0.45)  # the third has ended at 2.9
-        assert engine.sequences() == 2 + 3 and client.sequences_on_server() == 3 + 3
-        await asyncio.gather(*calls)
+        await asyncio.sleep(0.1)
+        assert client.sequences_on_server() == 3 + 3
+        calls[0].cancel()
+        await asyncio.sleep(0.1)
+        assert client.sequences_on_server() == 3
+        await calls[1]
+        assert client.sequences_on_server() == 0
 
     in_loop(main)
 

@@ -8,10 +8,9 @@ import pytest
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
-from megatron_dapo.rollout.simulate import Simulation, simulate
-from megatron_dapo.rollout.simulate_clock import run_virtual
+from megatron_dapo.rollout.simulate import Simulation
 from megatron_dapo.rollout.simulate_model import Fault, Profile
-from megatron_dapo.rollout.simulate_prompts import Difficulty
+from megatron_dapo.rollout.simulate_prompts import Difficulty, PlannedStream
 
 DIFFICULTIES = [
     Difficulty(pass_rate=rate, median_tokens=40, sigma=0.8, wrong_longer=1.5) for rate in (0.2, 0.0, 0.7, 0.9)
@@ -41,10 +40,17 @@ def make_profile(**values: Any) -> Profile:
     return Profile(**(defaults | values))
 
 
-def run(config: RunConfig, profile: Profile, *, engines: int = 3, steps: int = 3, rows=DIFFICULTIES):
-    simulation = Simulation(config, profile, rows, engines=engines, steps=steps, seed=4)
-    run_virtual(simulation.run)
-    return simulation, simulation.result()
+def make(
+    config: RunConfig, profile: Profile, *, engines: int = 3, steps: int = 3, rows=DIFFICULTIES, seed: int = 4
+) -> Simulation:
+    longest, prompt = config.rollout.max_tokens, profile.prompt_tokens
+    stream = PlannedStream(rows, seed=seed, max_tokens=longest, prompt_tokens=prompt)
+    return Simulation(config, profile, stream, engines=engines, steps=steps)
+
+
+def run(config: RunConfig, profile: Profile, **options: Any) -> tuple[Simulation, dict[str, Any]]:
+    simulation = make(config, profile, **options)
+    return simulation, simulation.simulate()
 
 
 def test_a_step_by_hand():
@@ -133,21 +139,19 @@ def test_too_many_deaths_end_the_run_as_they_would():
     faults = tuple(Fault(engine=0, kind="death", at_s=at) for at in (1.0, 20.0))
     config = make_config(rollout={"max_restarts": 1})
     with pytest.raises(UserError, match="0 of 1 engines live, fewer than rollout.min_engines=1"):
-        simulate(config, make_profile(faults=faults), DIFFICULTIES, engines=1, steps=9, seed=0)
+        run(config, make_profile(faults=faults), engines=1, steps=9)
 
 
 def test_an_engine_that_does_not_exist_cannot_fail():
     profile = make_profile(faults=(Fault(engine=3, kind="death", at_s=1.0),))
     with pytest.raises(UserError, match="engine=3, there are 3 from 0 on"):
-        simulate(make_config(), profile, DIFFICULTIES, engines=3, steps=1, seed=0)
+        run(make_config(), profile)
 
 
 def test_the_same_seed_gives_the_same_run():
     def facts(seed: int) -> tuple[float, Any]:
-        result, timeline = simulate(
-            make_config(), make_profile(), DIFFICULTIES, engines=2, steps=2, seed=seed
-        )
-        return result["step_seconds"], timeline.levels
+        simulation, result = run(make_config(), make_profile(), engines=2, steps=2, seed=seed)
+        return result["step_seconds"], simulation.timeline.levels
 
     assert facts(1) == facts(1)
     assert facts(1) != facts(2)

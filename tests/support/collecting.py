@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_dapo.config import SamplingConfig
 from megatron_dapo.rollout.collect import Collector
-from megatron_dapo.types import Collected, Group, Prompt
+from megatron_dapo.rollout.slots import Slot
+from megatron_dapo.types import Collected, Group, GroupFacts, Partial, Prompt
 from support.samples import make_group, make_prompt
 
 G = 4
@@ -45,14 +47,17 @@ class Sampler:
     delays: dict[int, int] = field(default_factory=dict)
     failures: dict[int, BaseException] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)
+    began: dict[int, tuple[Partial, ...]] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     running: int = 0
 
-    async def __call__(self, prompt: Prompt) -> Group:
+    async def __call__(self, prompt: Prompt, began: Sequence[Partial] = ()) -> Group:
         position, version = prompt.position, self.version
         self.started.append(position)
+        if began:
+            self.began[position] = tuple(began)
         self.running += 1
         try:
             for _ in range(self.delays.get(position, 1)):
@@ -71,8 +76,14 @@ class Sampler:
 
 
 def make(
-    correct: Sequence[int] = (), *, length: float = float("inf"), one_round_at_a_time: bool = False, **config
+    correct: Sequence[int] = (),
+    *,
+    length: float = float("inf"),
+    one_round_at_a_time: bool = False,
+    run_ahead: int | None = 0,
+    **config,
 ) -> tuple[Collector, Sampler]:
+    """Aged, it samples for no other step than the present one unless `run_ahead` says so."""
     stream = Stream(list(correct), length)
     sampler = Sampler(stream)
     options = {"prompts_per_step": 3, "samples_per_prompt": G, "max_age": 0} | config
@@ -81,6 +92,7 @@ def make(
         sample=sampler,
         config=SamplingConfig(**options),
         one_round_at_a_time=one_round_at_a_time,
+        run_ahead=run_ahead,
     )
     return collector, sampler
 
@@ -115,16 +127,33 @@ def check_conservation(collected: Collected) -> None:
     assert came == sum(counts.get(reason, 0) for reason in reasons), counts
 
 
-def positions(groups) -> list[int]:
-    return [group.prompt.position for group in groups]
+def positions(groups: Iterable[Group | GroupFacts]) -> list[int]:
+    return [group.prompt.position if isinstance(group, Group) else group.position for group in groups]
 
 
 def informative_prefix(stream: Stream, start: int, number: int) -> list[int]:
     return list(itertools.islice((p for p in itertools.count(start) if 0 < stream.correct_of(p) < G), number))
 
 
-def positions_of_state(collector: Collector) -> list[int]:
-    return [prompt.position for prompt in collector.state()["waiting"]]
+def carried(state: dict[str, Any]) -> list[int]:
+    """Positions of the finished groups in a collector's state."""
+    return positions(slot.result for slot in state["slots"] if slot.result is not None)
+
+
+def waiting(state: dict[str, Any]) -> list[int]:
+    """Positions of the others."""
+    return [slot.prompt.position for slot in state["slots"] if slot.result is None]
+
+
+def state_of(
+    waiting: Iterable[int] = (), carried: Iterable[int] = (), verdicts: tuple[float, float] = (9e5, 9e5)
+) -> dict[str, Any]:
+    """A collector's state: prompts that wait, and informative groups of version 0."""
+    slots = [Slot(make_prompt(position)) for position in waiting]
+    for position in carried:
+        prompt = make_prompt(position)
+        slots.append(Slot(prompt, admitted=True, result=make_group(prompt, MIXED, size=G), reported=True))
+    return {"slots": sorted(slots, key=lambda slot: slot.prompt.position), "verdicts": verdicts}
 
 
 def believe(collector: Collector, rate: float) -> None:

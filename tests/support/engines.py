@@ -4,15 +4,18 @@ counted in ticks of the event loop."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from megatron_dapo.config import RolloutConfig
-from megatron_dapo.rollout.client import EngineDied, RequestFailed
+from megatron_dapo.rollout.errors import EngineDied, RequestFailed
 from megatron_dapo.rollout.fleet import Fleet
 from megatron_dapo.rollout.replica import Replica
-from megatron_dapo.types import Completion
+from megatron_dapo.types import Completion, Partial, VersionRuns
 from support.samples import make_completion
 
 
@@ -55,17 +58,42 @@ class FakeServer:
 
 
 @dataclass
+class Response:
+    """A response as it grows; every token is 5."""
+
+    length: int
+    versions: list[int]  # of each token
+    known: int  # tokens that it began with
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.versions) >= self.length
+
+    @property
+    def runs(self) -> VersionRuns:
+        return tuple((version, len(list(run))) for version, run in itertools.groupby(self.versions))
+
+
+@dataclass
 class FakeClient:
-    """Answers after `delay(prompt)` ticks; `failures[prompt]` are raised first, in their order.
+    """Makes a token of every response each tick, `delay(prompt)` of them or `length(prompt, number)`;
+    `failures[prompt]` are raised at the end, in their order.
 
     A prompt is its first token. Prompts in `held` never end by themselves. As on a real server, a request
-    that was cancelled goes on for a few ticks, and the prefix cache cannot be reset meanwhile.
+    that was cancelled goes on for a few ticks, and the prefix cache cannot be reset meanwhile; while it is
+    paused to keep its requests nothing grows.
     """
 
     server: FakeServer
     failures: dict[int, list[BaseException]] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)
     delay: Callable[[int], int] = lambda prompt: 1
+    length: Callable[[int, int], int] | None = None
+    requests: dict[str, list[Response]] = field(default_factory=dict)
+    version: int | None = None  # that a push has brought
+    is_paused: bool = False
+    pauses: list[str] = field(default_factory=list)
+    tells_partials: bool = True
     started: list[int] = field(default_factory=list)
     finished: list[int] = field(default_factory=list)
     seeds: dict[int, int | None] = field(default_factory=dict)
@@ -77,16 +105,32 @@ class FakeClient:
     on_server: int | None = None
 
     async def generate(
-        self, prompt_tokens: Sequence[int], *, n: int, weight_version: int, seed: int | None, **options: Any
+        self,
+        prompt_tokens: Sequence[int],
+        *,
+        n: int,
+        weight_version: int,
+        seed: int | None,
+        request_id: str | None = None,
+        began: Sequence[Partial] = (),
+        arrived: Callable[[Completion], None] = lambda completion: None,
+        **options: Any,
     ) -> list[Completion]:
         prompt = prompt_tokens[0]
+        lengths = [self.length(prompt, i) if self.length else self.delay(prompt) for i in range(n)]
+        responses = [Response(max(length, 1), [], 0) for length in lengths]
+        for response, partial in zip(responses, began, strict=bool(began)):
+            response.versions = [version for version, number in partial.versions for _ in range(number)]
+            response.known = len(response.versions)
         self.started.append(prompt)
         self.seeds[prompt] = seed
         self.running += n
         self.most_running = max(self.most_running, self.running)
         try:
-            await ticks(self.delay(prompt))
-            while prompt in self.held and not self.is_closed:
+            completions = await self._grow(
+                prompt, responses, weight_version, arrived, request_id or f"unnamed-{prompt}"
+            )
+            while (prompt in self.held or self.is_paused) and not self.is_closed:
                 await asyncio.sleep(0)
             if self.is_closed:
                 raise EngineDied(f"the client of {self.server.name} was closed")
@@ -103,7 +147,59 @@ class FakeClient:
             raise
         self._end(n)
         self.finished.append(prompt)
-        return [make_completion((5,), version=weight_version, number=i) for i in range(n)]
+        return completions
+
+    async def _grow(
+        self,
+        prompt: int,
+        responses: list[Response],
+        weight_version: int,
+        arrived: Callable[[Completion], None],
+        request_id: str,
+    ) -> list[Completion]:
+        completions: dict[int, Completion] = {}
+        self.requests[request_id] = responses
+        try:
+            while len(completions) < len(responses) and not self.is_closed:
+                await asyncio.sleep(0)
+                if self.is_paused:
+                    continue
+                version = weight_version if self.version is None else self.version
+                for i, response in enumerate(responses):
+                    if not response.is_whole and not (prompt in self.held and response.versions):
+                        response.versions.append(version)
+                    if response.is_whole and i not in completions:
+                        size = len(response.versions)
+                        completion = make_completion((5,) * size, versions=response.runs, number=i)
+                        completions[i] = completion
+                        arrived(completion)
+        finally:
+            del self.requests[request_id]
+        return [completions[i] for i in sorted(completions)]
+
+    async def partials(self) -> dict[str, tuple[Partial, ...]]:
+        if not self.tells_partials:
+            raise TimeoutError("it does not tell")
+        return {
+            name: tuple(
+                Partial(
+                    tokens=np.full(len(r.versions), 5, np.int32),
+                    logprobs=np.full(len(r.versions), -1, np.float32),
+                    versions=r.runs,
+                    finish_reason="stop" if r.is_whole else None,
+                )
+                for r in responses
+            )
+            for name, responses in self.requests.items()
+        }
+
+    async def pause(self, mode: str = "wait") -> None:
+        await asyncio.sleep(0)
+        self.is_paused = True
+        self.pauses.append(mode)
+
+    async def resume(self) -> None:
+        self.is_paused = False
 
     def _end(self, n: int) -> None:
         self.running -= n
@@ -132,9 +228,9 @@ class FakeClient:
     async def wait_idle(self) -> None:
         for _ in range(20):
             if not self.running:
-                return
+                break
             await asyncio.sleep(0.001)
-        await self.reset_prefix_cache()  # raises
+        await self.reset_prefix_cache()
 
     async def start_weight_update(self) -> None:
         await asyncio.sleep(0)
@@ -144,6 +240,7 @@ class FakeClient:
 
     async def finish_weight_update(self, version: str) -> None:
         await asyncio.sleep(0)
+        self.version = int(version)
 
     async def close(self) -> None:
         self.is_closed = True

@@ -77,7 +77,7 @@ def resume(runs: Sequence[PolicyRun], folder: str, saved_by: dict[str, str]) -> 
             batch = _batch_of(policy)
             reports[run.name] = {
                 "folder": newest.name,
-                "state": [state.step, state.prompts, state.collector, policy.num_updates],
+                "state": [state.step, state.rollouts, policy.num_updates],
                 "norms": norms,
                 "updates": [_update(policy, batch, number) for number in (2, 3)],
             }
@@ -100,7 +100,7 @@ def _update(policy: Any, batch: Batch, number: int) -> dict[str, Any]:
 def _run_state(policy: Any, step: int) -> Any:
     from megatron_dapo.checkpoint import RunState
 
-    state = RunState(step=step, prompts={"cursor": 7 * step}, collector={"carried": [step]})
+    state = RunState(step=step, rollouts={"cursor": 7 * step})
     return state if policy.session.rank == 0 else None
 
 

@@ -57,7 +57,7 @@ def save_and_resume(model: str, folder: str, layout: str) -> list[list[float]]:
             else:
                 policy.update(batch, 0)
                 rank_0 = policy.session.rank == 0
-                state = checkpoint.RunState(step=1, prompts={}, collector={}) if rank_0 else None
+                state = checkpoint.RunState(step=1, rollouts={}) if rank_0 else None
                 checkpoint.save(Path(folder), policy, state, keep=1)
             scale = dict(second_mlp_layer(policy).quantizer.scale)
             result = policy.update(batch, 1)

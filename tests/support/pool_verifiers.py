@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 HEAVY = {
     "torch",
@@ -43,4 +45,12 @@ def check(response: str, answer: str) -> bool:
 def light(response: str, answer: str) -> bool:
     loaded = HEAVY & set(sys.modules)
     assert not loaded, f"the worker imported {sorted(loaded)}"
+    return True
+
+
+def meet(response: str, answer: str) -> bool:
+    """True once grades of "a", "b" and "c" run at the same time; `answer` is a folder for their signs."""
+    Path(answer, response).touch()
+    while {path.name for path in Path(answer).iterdir()} != {"a", "b", "c"}:
+        time.sleep(0.01)
     return True

@@ -32,9 +32,6 @@ class Client:
     async def finish_weight_update(self, version: str) -> None:
         self._note(f"finish {version}")
 
-    async def reset_prefix_cache(self) -> None:
-        self._note("reset")
-
     def _note(self, call: str) -> None:
         self.calls.append(call)
         if self.error is not None and call.split(" of ")[0] == self.fails_at:

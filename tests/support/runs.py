@@ -21,7 +21,7 @@ import psutil
 TESTS = Path(__file__).parents[1]
 STEPS = 5  # of the undisturbed run that the others are compared with
 # request_failures says that there was a disturbance, which is what nothing else may say
-NOT_COMPARED = ("time/", "memory/", "eval/", "sampling/request_failures")
+NOT_COMPARED = ("time/", "memory/", "eval/", "engines/", "sampling/request_failures")
 MARK = "MEGATRON_DAPO_TEST_RUN"  # in the environment of a run and of everything it starts
 VERIFIERS = """
 import json, os, time
@@ -197,7 +197,7 @@ def assert_steps_equal(run_dir: Path, finished: SimpleNamespace, steps: range) -
     reference = {line["step"]: line for line in finished.metrics}
     for step in steps:
         assert compared(mine[step]) == compared(reference[step]), f"step {step}"
-        name = f"rollouts/step_{step:06d}.jsonl.zst"
+        name = f"rollouts/step_{step:06d}.parquet"
         assert groups(run_dir / name) == groups(finished.run_dir / name), f"rollouts of step {step}"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_dapo.config import RunConfig
-from megatron_dapo.rollout.client import RequestFailed
+from megatron_dapo.rollout.errors import RequestFailed
+from megatron_dapo.rollout.rollouts import Rollouts, WeightsNeeded
 from megatron_dapo.rollout.sample import EvaluationSampling
-from megatron_dapo.rollout.service import RolloutService, WeightsNeeded
-from megatron_dapo.types import Completion, Group, Prompt
+from megatron_dapo.rollout.service import RolloutService
+from megatron_dapo.types import Completion, Group, Prompt, Timing
 from support.engines import Engines, FakeClient
 from support.samples import make_prompt
 
@@ -27,35 +30,76 @@ class Stream:
         self.position += 1
         return make_prompt(self.position - 1, tokens=(self.position - 1,))
 
+    def state(self) -> dict[str, int]:
+        return {"position": self.position}
 
-async def grade(prompt: Prompt, completions: list[Completion]) -> Group:
-    """Every second completion is right."""
-    correct = tuple(i % 2 == 0 for i in range(len(completions)))
-    rewards = tuple(1.0 if c else -1.0 for c in correct)
-    return Group(prompt=prompt, completions=tuple(completions), correct=correct, rewards=rewards)
+    def load_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Grading:
+    """Every second completion is right, none of a prompt in `wrong`. A completion of a prompt in `held` gets
+    no grade.
+    """
+
+    def __init__(self) -> None:
+        self.held: set[int] = set()
+        self.wrong: set[int] = set()
+        self.graded: list[tuple[int, int]] = []  # (position, number of the completion)
+
+    async def grade(self, prompt: Prompt, completion: Completion) -> bool:
+        while prompt.position in self.held:
+            await asyncio.sleep(0)
+        self.graded.append((prompt.position, completion.number))
+        return completion.number % 2 == 0 and prompt.position not in self.wrong
+
+    def group(
+        self, prompt: Prompt, completions: Sequence[Completion], grades: Sequence[bool], timing: Timing
+    ) -> Group:
+        rewards = tuple(1.0 if grade else -1.0 for grade in grades)
+        return Group(
+            prompt=prompt,
+            completions=tuple(completions),
+            correct=tuple(grades),
+            rewards=rewards,
+            timing=timing,
+        )
+
+
+def make_config(
+    run_dir: object, *, seeded: bool = True, inflight_updates: bool = True, **sampling: Any
+) -> RunConfig:
+    """3 prompts a step with 2 samples each, strict unless said otherwise."""
+    options = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_age": 0} | sampling
+    return RunConfig.make(
+        {
+            "model": {"path": "model"},
+            "data": {"path": "data"},
+            "run": {"dir": str(run_dir)},
+            "sampling": options,
+            "rollout": {"seeded": seeded, "inflight_updates": inflight_updates},
+        }
+    )
 
 
 class Service(RolloutService):
     """A service of fake engines, with the fleet at hand."""
 
-    def __init__(self, engines: Engines, tmp_path: Path, **sampling) -> None:
-        options = {"prompts_per_step": 3, "samples_per_prompt": 2, "max_age": 0} | sampling
-        config = RunConfig.make(
-            {
-                "model": {"path": "model"},
-                "data": {"path": "data"},
-                "run": {"dir": str(tmp_path)},
-                "sampling": options,
-                "rollout": {"seeded": True},
-            }
-        )
-        self.engines = engines
+    def __init__(
+        self,
+        engines: Engines,
+        tmp_path: Path,
+        watch: Callable[..., None] = lambda *how: None,
+        **options: Any,
+    ) -> None:
+        self.engines, self.grading = engines, Grading()
         super().__init__(
-            config,
+            make_config(tmp_path, **options),
             folder=Path("model"),
             stop_token_ids=(1,),
             prompts=Stream(),
-            grade=grade,
+            grading=self.grading,
+            watch=watch,
             fleet=engines.fleet,
         )
 
@@ -65,7 +109,6 @@ class Service(RolloutService):
         async def push_to(client: FakeClient) -> None:
             await client.start_weight_update()
             await client.finish_weight_update(str(version))
-            await client.reset_prefix_cache()
 
         with self.paused() as replicas:
             names = replicas.push_targets()
@@ -110,3 +153,75 @@ def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+class Core(Rollouts):
+    """Rollouts of fake engines, inside the test's own event loop; `async with` starts and stops them."""
+
+    def __init__(self, engines: Engines, *, max_age: int = 1, seeded: bool = False, **options: Any) -> None:
+        self.engines, self.grading, self.stream = engines, Grading(), Stream()
+        config = make_config("runs/fake", max_age=max_age, seeded=seeded, **options)
+        super().__init__(config, fleet=engines.fleet, prompts=self.stream, grading=self.grading)
+
+    async def __aenter__(self) -> Core:
+        await self.start()
+        await self.wait_ready()
+        await self.push(0)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.stop()
+        assert not any(server.is_running for server in self.engines.servers)
+
+    async def push(self, version: int, fails: Mapping[str, Exception] | None = None) -> None:
+        """What sync/publish.py does, without weights. `fails`: engines that fail in it."""
+
+        async def push_to(client: Any) -> None:
+            await client.start_weight_update()
+            await client.finish_weight_update(str(version))
+
+        await self.pause()
+        for name in await self.fleet.push_targets():
+            if fails and name in fails:
+                self.fleet.set_failed(name, "a push", fails[name])
+                continue
+            errors = await self.fleet.call([name], push_to)
+            assert errors == {name: None}
+            self.fleet.set_ready(name, version)
+        await self.resume()
+
+    async def restarted(self, engines: Engines) -> Core:
+        """The rollouts of another process that goes on from this one's state, on other engines."""
+        sampling = self._config.sampling
+        core = Core(
+            engines,
+            max_age=sampling.max_age,
+            seeded=self._config.rollout.seeded,
+            inflight_updates=self._config.rollout.inflight_updates,
+        )
+        core.load_state(await self.state())
+        return core
+
+
+def engines_with(
+    num: int = 1, *, held: set[int] | None = None, rollout: dict | None = None, **client
+) -> Engines:
+    """Engines whose clients have these attributes; responses are 3 tokens long."""
+
+    def prepare(made: FakeClient) -> None:
+        made.delay = lambda prompt: 3
+        made.held = held if held is not None else set()
+        for name, value in client.items():
+            setattr(made, name, value)
+
+    return Engines(num=num, prepare=prepare, rollout=rollout or {})
+
+
+async def step(core: Core, version: int) -> list[Group]:
+    async with asyncio.timeout(5):
+        collected = await core.next_step(version)
+    return list(collected.groups)
+
+
+def runs_of(group: Group) -> set:
+    return {completion.versions for completion in group.completions}

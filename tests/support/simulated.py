@@ -7,13 +7,15 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from megatron_dapo.config import SamplingConfig
 from megatron_dapo.rollout.collect import Collector
 from megatron_dapo.rollout.need import PassRate
-from megatron_dapo.types import Collected, Group, Prompt
+from megatron_dapo.types import Collected, Group, Partial, Prompt
 from support.collecting import MIXED, RIGHT, WRONG, G, Stream, check_conservation
 from support.samples import make_group
 
@@ -55,41 +57,77 @@ def outcomes(
 @dataclass
 class Engine:
     """Runs `concurrency` requests at once, the others wait in its queue. A request has the version that it
-    began with.
+    began with, and a token for each tick so far.
+
+    versions: what each prompt was sampled by, which may not change once it has tokens.
     """
 
     outcome: Outcomes
     concurrency: int = 1000
     version: int = 0
-    running: int = 0
-    began: list[tuple[int, int]] = field(default_factory=list)  # (position, version) in order
+    running: dict[int, int] = field(default_factory=dict)  # position -> ticks
+    versions: dict[int, int] = field(default_factory=dict)
+    times_sampled: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(self.concurrency)
-        self._open = asyncio.Event()
+        self._open, self._grows = asyncio.Event(), asyncio.Event()
         self._open.set()
+        self._grows.set()
 
-    async def __call__(self, prompt: Prompt) -> Group:
+    async def __call__(self, prompt: Prompt, began: Sequence[Partial] = ()) -> Group:
         async with self._room:
             await self._open.wait()
-            version = self.version
-            outcome = self.outcome(prompt.position, version)
-            self.began.append((prompt.position, version))
-            self.running += 1
+            position, version = prompt.position, self.version
+            self.running[position] = 0
+            if began:
+                [(version, self.running[position])] = began[0].versions
+            else:
+                self.times_sampled[position] += 1
+            self.versions[position] = version
+            outcome = self.outcome(position, version)
             try:
-                for _ in range(outcome.ticks):
+                while self.running[position] < outcome.ticks:
                     await asyncio.sleep(0)
+                    await self._grows.wait()
+                    self.running[position] += 1
             finally:
-                self.running -= 1
+                del self.running[position]
             return make_group(prompt, outcome.correct, size=G, version=version)
 
-    async def push(self, version: int) -> None:
-        """As Fleet.pause and a weight push: what runs ends, what waits goes on with the new weights."""
+    def beginnings(self) -> dict[int, tuple[Partial, ...]]:
+        """Of all that run, by position: one response stands for all of a prompt."""
+        return {
+            position: (
+                Partial(
+                    tokens=np.zeros(ticks, np.int32),
+                    logprobs=np.zeros(ticks, np.float32),
+                    versions=((self.versions[position], ticks),),
+                ),
+            )
+            for position, ticks in self.running.items()
+        }
+
+    def restarted(self) -> Engine:
+        """Another process with the same weights; what has no token yet may be sampled by others."""
+        engine = Engine(self.outcome, self.concurrency, self.version, versions=self.versions)
+        engine.times_sampled = self.times_sampled - Counter(p for p, n in self.running.items() if n == 0)
+        return engine
+
+    async def push(self, version: int, *, keep: bool) -> None:
+        """As Fleet.pause and a weight push: what runs ends, or stands still and goes on (`keep`); what waits
+        begins with the new weights.
+        """
         self._open.clear()
-        while self.running:
+        if keep:
+            self._grows.clear()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        while self.running and not keep:
             await asyncio.sleep(0)
         self.version = version
         self._open.set()
+        self._grows.set()
 
 
 class OldCollector(Collector):
@@ -101,12 +139,12 @@ class OldCollector(Collector):
     def _close_step(self) -> Collected:
         kept = self._slots[: self._known]
         for slot in self._slots[self._known :]:
-            if slot.group is not None and self._verdict(slot.group) != "accepted":
+            if slot.result is not None and self._verdict(slot.result) != "accepted":
                 continue
             if slot.task is not None:
                 slot.task.cancel()
                 slot.task, slot.admitted = None, False
-                self._running -= 1
+                self._requests.number -= 1
             kept.append(slot)
         self._slots = kept
         return super()._close_step()
@@ -114,61 +152,94 @@ class OldCollector(Collector):
 
 @dataclass(kw_only=True)
 class Simulation:
-    """Steps of a collector on an engine, with a weight push after each. `believed` overrides the estimate of
-    the pass rate, so that much more (or less) than needed runs ahead.
+    """Steps of a collector on an engine, with a weight push after each, over which requests go on with
+    `inflight_updates`. `believed` overrides the estimate of the pass rate, so that much more (or less) than
+    needed runs ahead.
+
+    kills: step -> ticks after which the process is stopped with a checkpoint, and resumed; if the step is
+    over by then, it is stopped behind the push.
     """
 
     outcome: Outcomes
     max_age: int = 0
     prompts_per_step: int = 4
     concurrency: int = 1000
-    run_ahead: int = 0
+    run_ahead: int | None = 0
+    inflight_updates: bool = False
     one_round_at_a_time: bool = False
     believed: float | None = None
     train_ticks: int = 0
+    kills: Mapping[int, int] = field(default_factory=dict)
     kind: type[Collector] = Collector
 
     def run(self, steps: int) -> list[Collected]:
         return asyncio.run(self._run(steps))
 
     async def _run(self, steps: int) -> list[Collected]:
-        self.engine = Engine(self.outcome, self.concurrency)
+        self.engine, self._stream = Engine(self.outcome, self.concurrency), Stream()
+        collector = self._collector()
+        collected = []
+        for step in range(steps):
+            if self.believed is not None:
+                collector._pass_rate = PassRate(self.believed * 1e6, 1e6)
+            kill_after = self.kills.get(step)
+            task = asyncio.ensure_future(collector.collect(step))
+            for _ in range(kill_after or 0):
+                await asyncio.sleep(0)
+            if kill_after is not None and not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+                collector, kill_after = await self._resumed(collector), None
+                task = asyncio.ensure_future(collector.collect(step))
+            collected.append(await task)
+            if self.kind is Collector:
+                check_conservation(collected[-1])
+            for _ in range(self.train_ticks):
+                await asyncio.sleep(0)
+            await self.engine.push(step + 1, keep=self.inflight_updates and self.max_age > 0)
+            collector.weights_changed(step + 1)
+            for _ in range(self.train_ticks // 2):
+                await asyncio.sleep(0)
+            if kill_after is not None:
+                collector = await self._resumed(collector)
+        await collector.stop()
+        return collected
+
+    async def _resumed(self, collector: Collector) -> Collector:
+        """Another collector on another engine that goes on from this one's state."""
+        beginnings = self.engine.beginnings() if collector.is_continuous else {}
+        state, cursor, engine = collector.state(beginnings), self._stream.position, self.engine.restarted()
+        await collector.stop()
+        self.engine, self._stream = engine, Stream(position=cursor)
+        collector = self._collector()
+        collector.load_state(state)
+        return collector
+
+    def _collector(self) -> Collector:
         config = SamplingConfig(
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=G,
             max_age=self.max_age,
             max_prompts=100 * self.prompts_per_step + 100,
         )
-        collector = self.kind(
-            prompts=Stream(),
+        return self.kind(
+            prompts=self._stream,
             sample=self.engine,
             config=config,
             one_round_at_a_time=self.one_round_at_a_time,
             run_ahead=self.run_ahead,
         )
-        collected = []
-        for step in range(steps):
-            if self.believed is not None:
-                collector._pass_rate = PassRate(self.believed * 1e6, 1e6)
-            collected.append(await collector.collect(step))
-            if self.kind is Collector:
-                check_conservation(collected[-1])
-            for _ in range(self.train_ticks):
-                await asyncio.sleep(0)
-            await self.engine.push(step + 1)
-        await collector.stop()
-        return collected
 
     def sequential(self, steps: int) -> tuple[list[list[tuple[int, int]]], list[Counter[str]]]:
         """What `run` has to give: (position, version) of the batches, and the counts of what was passed over,
         as if one prompt were sampled after the other.
 
         Strict: by the version of the step. Aged: by the version that the engine really sampled each with,
-        which must be one.
+        which must be one. (In rounds a step that was given up is sampled again.)
         """
-        version_of = dict(self.engine.began)
-        if self.max_age:
-            assert len(version_of) == len(self.engine.began), "a prompt was sampled twice"
+        version_of = self.engine.versions
+        if self.max_age and not self.one_round_at_a_time:
+            assert set(self.engine.times_sampled.values()) == {1}, "a prompt was sampled twice"
         position, batches, counts = 0, [], []
         for step in range(steps):
             batch, passed = list[tuple[int, int]](), Counter[str]()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.simulated_runs import make_config, make_profile, record
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "examples" / "configs" / "tiny.yaml")
@@ -76,6 +77,52 @@ def test_comparison_and_its_picture(tool, tmp_path, capsys):
     assert blue > 1000, "no engine is drawn"
 
 
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of two engines and 8 steps."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text(make_config().dump())
+    record(folder, make_config(), make_profile(), steps=8)
+    return folder
+
+
+def test_a_run_is_simulated_again_and_otherwise(tool, run_dir, capsys):
+    assert tool.main(["--from", str(run_dir), "--steps", "4"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert same["trained"]["groups"] == 4 * 12
+    assert same["calibration"]["engines"] == 2 and same["calibration"]["run"] == str(run_dir)
+    assert same["calibration"]["numbers"]["sync_s"] == pytest.approx(0.25)
+    assert len(same["sequential"]["share_by_pass_rate"]) == 4  # the run's rows, not the planned mixture's
+    more = ["sampling.prompts_per_step=24", "sampling.max_age=1", "--engines", "4"]
+    assert tool.main(["--from", str(run_dir), "--steps", "4", *more]) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["trained"]["groups"] == 4 * 24 and other["age_histogram"].get("1", 0) > 0
+    assert other["trainer_seconds"] > 1.5 * same["trainer_seconds"]
+
+
+def test_a_run_and_another_configuration(tool, run_dir, tmp_path, capsys):
+    """The file's sampling, the run's speeds but for those that are given."""
+    speeds = tmp_path / "speed.json"
+    speeds.write_text('{"sync_s": 3.0}')
+    config = tmp_path / "other.yaml"
+    config.write_text(make_config(sampling={"prompts_per_step": 5}).dump())
+    options = ["--from", str(run_dir), "--steps", "1", "--engine-speed", str(speeds)]
+    assert tool.main([str(config), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["trained"]["groups"] == 5 and result["sync_seconds"] == pytest.approx(3.0)
+
+
+def test_colocated_engines_sleep_while_the_policy_trains(tool, capsys):
+    options = [TINY, "--steps", "2", "sampling.prompts_per_step=8", "sampling.max_age=1"]
+    assert tool.main(options) == 0
+    apart = json.loads(capsys.readouterr().out)
+    assert tool.main([*options, "--colocated"]) == 0
+    together = json.loads(capsys.readouterr().out)
+    assert apart["asleep_share"] == 0 and together["idle_by_cause"]["trainer"] == 0
+    share = together["trainer_seconds"] / together["step_seconds"]
+    assert together["asleep_share"] == pytest.approx(share, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,6 +131,7 @@ def test_comparison_and_its_picture(tool, tmp_path, capsys):
         (["--compare", "sampling.max_age"], "not of the form section.key=A,B"),
         (["--compare", "rollout.engines=1,2", "--engines", "4"], "take one of them out"),
         (["--prompts", "gone.jsonl"], "cannot read --prompts gone.jsonl"),
+        (["--from", "gone"], "no configuration file at gone/config.yaml"),
     ],
 )
 def test_refusals_are_one_line(tool, capsys, arguments, message):
@@ -92,7 +140,14 @@ def test_refusals_are_one_line(tool, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--engines", "0"], ["--plot", "a.jpg"]])
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "0"], ["--engines", "0"], ["--plot", "a.jpg"], ["other.yaml"]]
+)
 def test_bad_options_end_at_once(tool, arguments):
     with pytest.raises(SystemExit):
         tool.main([TINY, *arguments])
+
+
+def test_a_configuration_or_a_run_is_needed(tool):
+    with pytest.raises(SystemExit):
+        tool.main(["sampling.max_age=1"])

@@ -15,6 +15,7 @@ import os
 import signal
 
 from megatron_dapo.environment import DIGEST_VARIABLE, ENGINE_VARIABLE, PLUGIN
+from megatron_dapo.sync.vllm import outputs
 
 # vLLM's queue readers spin for 1 s after each message, which takes one of two cores from everyone else; after
 # that they sleep until notified. Notifications get lost, and vLLM looks for itself only every 5 s: sleeping
@@ -27,7 +28,9 @@ log = logging.getLogger("vllm.megatron_dapo")
 
 
 def register() -> None:
-    """Register the weight-transfer backend; in our own servers also die with the parent, and spin less."""
+    """Register the weight-transfer backend; in our own servers also die with the parent, spin less, and send
+    tokens in bundles.
+    """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if PLUGIN not in WeightTransferEngineFactory._registry:
@@ -38,6 +41,7 @@ def register() -> None:
         return
     die_with_parent()
     spin_less()
+    outputs.hold_outputs()
     if os.environ.get(DIGEST_VARIABLE):
         from megatron_dapo.sync.vllm import digest
 
