@@ -108,10 +108,21 @@ async def test_a_response_goes_on_from_a_beginning_as_if_nothing_had_been(engine
 async def test_a_group_goes_on_from_its_beginnings(engine):
     """Sampled: what had ended is returned as it was, the rest goes on and has the right lengths."""
     options = {"n": 8, "max_tokens": 300, "temperature": 1.0, "seed": 11, "weight_version": 0}
-    task = asyncio.ensure_future(engine.generate(PROMPT, request_id="group", **options))
-    began = await beginnings(engine, "group", 60)
+    two = asyncio.Event()
+    arrived: list[Completion] = []
+
+    def arrive(completion: Completion) -> None:
+        arrived.append(completion)
+        if len(arrived) == 2:
+            two.set()
+
+    task = asyncio.ensure_future(engine.generate(PROMPT, request_id="group", arrived=arrive, **options))
+    await asyncio.wait_for(two.wait(), 60)
+    await engine.pause("keep")  # what has been sampled is told before a pause is confirmed
+    began = (await engine.partials())["group"]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+    await engine.resume()
     ended = [partial.finish_reason is not None for partial in began]
     assert 0 < sum(ended) < 8
     resumed = await engine.generate(PROMPT, began=began, **options)
