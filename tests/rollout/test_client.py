@@ -227,11 +227,11 @@ async def test_the_servers_counters_show_progress_and_what_runs(engine):
 
 
 async def test_a_long_answer_is_no_time_out_as_long_as_tokens_come(engine, server):
-    """It takes several times the progress time-out."""
-    patient = EngineClient(server.url, TOKEN, progress_timeout_s=1.5)
+    """It takes longer than the progress time-out."""
+    patient = EngineClient(server.url, TOKEN, progress_timeout_s=3.0)  # tokens are counted once a second
     began = time.monotonic()
-    call = patient.generate(PROMPT, n=32, max_tokens=FOREVER, temperature=1e-3, seed=0, weight_version=0)
-    assert len(await call) == 32 and time.monotonic() - began > 1.5
+    call = patient.generate(PROMPT, n=64, max_tokens=FOREVER, temperature=1e-3, seed=0, weight_version=0)
+    assert len(await call) == 64 and time.monotonic() - began > 3.0
     await patient.close()
 
 
