@@ -226,10 +226,11 @@ class Sample:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {len(self.tokens), len(self.response_mask), len(self.rollout_logprobs), len(self.advantages)}
+        streams = (self.tokens, self.response_mask, self.rollout_logprobs, self.advantages)
+        sizes = {stream.size(0) for stream in streams}  # len() of a tensor takes several times as long
         if len(sizes) != 1:
             raise ValueError(f"Sample streams must align, got lengths {sorted(sizes)}")
-        if len(self.tokens) and self.response_mask[0]:
+        if max(sizes) and self.response_mask[0]:
             raise ValueError(
                 "The first token of a Sample has no prediction; a prompt needs at least one token"
             )
