@@ -36,7 +36,7 @@ async def greedy(engine: EngineClient, tokens: int, **options) -> Completion:
 
 
 async def paused(engine: EngineClient, task: asyncio.Future, name: str) -> tuple[Partial, ...]:
-    """Pause the server, keeping what runs, as soon as each response of a request has tokens; returns those."""
+    """Pause the server, keeping what runs, once each response of a request has tokens; returns those."""
     async with asyncio.timeout(60):
         while True:
             await engine.pause("keep")
