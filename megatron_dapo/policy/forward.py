@@ -88,8 +88,7 @@ def make_micro_batch(
     mine_T = zigzag(bounds.tolist(), layout.cp, cp_rank)  # packed tokens that this rank holds
     where_R, rows_R = _predicted_here(batch, source_T, mine_T)
     flat_R = source_T[where_R]
-    ends_N = torch.tensor(batch.lengths, dtype=torch.int64).cumsum(0)
-    sample_R = torch.bucketize(flat_R, ends_N, right=True)
+    sample_R = torch.bucketize(flat_R, torch.tensor(batch.lengths).cumsum(0), right=True)
     samples_R = torch.bucketize(where_R, bounds[1:], right=True)
     return MicroBatch(
         tokens_1T=tokens_T[mine_T][None].to(device),

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from megatron_dapo.rollout.client import EngineClient
 from megatron_dapo.rollout.wire import CONTENT_TYPE, EndFrame, Frame, TokensFrame, encode
+from megatron_dapo.types import Completion
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -92,3 +93,8 @@ async def serving(client: dict | None = None, **handlers: Handler) -> AsyncItera
     finally:
         await engine.close()
         await runner.cleanup()
+
+
+async def generate(engine: EngineClient, n: int = 1) -> list[Completion]:
+    """Two tokens of each response, asked of weight version 4."""
+    return await engine.generate([10, 20], n=n, max_tokens=2, temperature=1.0, weight_version=4)

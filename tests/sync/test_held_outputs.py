@@ -119,7 +119,8 @@ def test_what_cannot_be_merged_goes_out_as_it_is_behind_what_was_kept():
 def test_the_first_outputs_news_of_the_prompt_are_kept():
     stats = PrefillStats()
     held = HeldOutputs()
-    held.hold(step(output(token=1, prefill_stats=stats, events=["queued"])), now=0.0)  # type: ignore[list-item]
+    queued = output(token=1, prefill_stats=stats, events=["queued"])  # type: ignore[list-item]
+    held.hold(step(queued), now=0.0)
     held.hold(step(output(token=2, events=["preempted"])), now=0.0)  # type: ignore[list-item]
     [one] = held.take()[0]
     assert one.prefill_stats is stats and one.events == ["queued", "preempted"]
