@@ -153,7 +153,8 @@ class RolloutConfig(Section):
         default=30,
         gt=0,
         description="An engine that makes no new token for this long while requests are in flight is taken "
-        "for dead. Engines report their tokens twice a second: below 3 a busy engine may look dead.",
+        "for dead; so is one that does not answer a call of a weight push within it. Engines report their "
+        "tokens twice a second: below 3 a busy engine may look dead.",
     )
     min_engines: PositiveInt = Field(
         default=1, description="The run goes on while this many engines live; fewer stop it."

@@ -35,6 +35,8 @@ from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.policy.fp8 import quantized
 
 _CPU = torch.device("cpu")
+# By how many tokens, or by which factor, sequences of one batch of attention may differ.
+FEW_TOKENS, MUCH_LONGER = 16, 1.1
 _gloo_all_gather, _gloo_all_to_all_single = dist.all_gather, dist.all_to_all_single
 
 
@@ -227,14 +229,17 @@ class PackedAttention(torch.nn.Module):
         if group is not None and group.size() > 1:
             return self._split(query, key, value, bounds, group).flatten(1)
         repeat = query.shape[1] // key.shape[1]
-        out = torch.zeros_like(query)
-        for rows_BL, valid_BL in _buckets(bounds):
-            q, k, v = (x[rows_BL].transpose(1, 2) for x in (query, key, value))
-            attended = torch.nn.functional.scaled_dot_product_attention(
+        rows_P, shapes, places_T = _side_by_side(tuple(bounds))
+        sizes = [count * longest for count, longest in shapes]
+        padded = (x.index_select(0, rows_P).split(sizes) for x in (query, key, value))
+        attended = []
+        for shape, *parts in zip(shapes, *padded, strict=True):
+            q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+            out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=repeat > 1
             )
-            out = out.index_put((rows_BL[valid_BL],), attended.transpose(1, 2)[valid_BL])
-        return out.flatten(1)
+            attended.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(attended).index_select(0, places_T).flatten(1)
 
     def _split(self, query, key, value, bounds: list[int], group: Any) -> torch.Tensor:
         cp = group.size()
@@ -253,20 +258,33 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(attended)
 
 
-def _buckets(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Sequences grouped so that padding at most doubles a group: token indices [B, L] (padding repeats the
-    last) and validity.
+@functools.lru_cache(maxsize=8)  # every layer asks for the same
+def _side_by_side(
+    bounds: tuple[int, ...],
+) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor]:
+    """Sequences put into batches of similar length. Returns the packed token of each place in the batches
+    [P], where padding repeats a sequence's last; number and padded length of each batch's sequences; and the
+    place of each packed token [T].
     """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        if end > start:
-            groups.setdefault(max(32, end - start - 1).bit_length(), []).append((start, end))
-    buckets = []
-    for members in groups.values():
+    sequences = sorted(itertools.pairwise(bounds), key=lambda sequence: sequence[1] - sequence[0])
+    batches: list[list[tuple[int, int]]] = []
+    limit = 0
+    for start, end in sequences:
+        if end == start:
+            continue
+        if end - start > limit:
+            batches.append([])
+            limit = max(end - start + FEW_TOKENS, int((end - start) * MUCH_LONGER))
+        batches[-1].append((start, end))
+    rows, shapes, places_T, first = [], [], torch.empty(bounds[-1], dtype=torch.int64), 0
+    for members in batches:
         starts, ends = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
         offsets = starts + torch.arange(int((ends - starts).max()))
-        buckets.append((torch.minimum(offsets, ends - 1), offsets < ends))
-    return buckets
+        rows.append(torch.minimum(offsets, ends - 1).flatten())
+        shapes.append((offsets.shape[0], offsets.shape[1]))
+        places_T[offsets[offsets < ends]] = first + (offsets < ends).flatten().nonzero().squeeze(1)
+        first += offsets.numel()
+    return torch.cat(rows), shapes, places_T
 
 
 def layer_spec(model: ModelSpec, fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:

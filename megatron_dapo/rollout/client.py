@@ -367,15 +367,19 @@ class EngineClient:
 
     async def start_weight_update(self) -> None:
         """Begin a push. What the server held until now is lost with the first chunk."""
-        await self._connection.call("POST", "/start_weight_update")
+        await self._weight_call("/start_weight_update")
 
     async def update_weights(self, info: dict[str, Any]) -> None:
         """Hand over one chunk (sync/manifest.py); when this returns the server no longer reads the memory."""
-        await self._connection.call("POST", "/update_weights", {"update_info": info})
+        await self._weight_call("/update_weights", {"update_info": info})
 
     async def finish_weight_update(self, version: str) -> None:
         """Make the update current. RequestFailed naming every parameter that was not loaded in full."""
-        await self._connection.call("POST", "/finish_weight_update", {"weight_version": version})
+        await self._weight_call("/finish_weight_update", {"weight_version": version})
+
+    async def _weight_call(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """TimeoutError after `progress_timeout_s`: plenty for a chunk, and for the repacking at the end."""
+        await self._connection.call("POST", path, body, timeout_s=self._progress_timeout_s)
 
     async def weight_version(self) -> str:
         """The version of the last finished update; 'default' before the first."""

@@ -192,3 +192,9 @@ async def test_without_our_route_the_server_says_what_runs_and_what_was_sent_sin
         assert engine.sequences_on_server() == 4 + 8
         answer.set()
         await asyncio.gather(first, second)
+
+
+async def test_a_server_that_does_not_answer_a_weight_push_is_given_up():
+    async with serving({"progress_timeout_s": 0.1}, update=forever) as engine:
+        with pytest.raises(TimeoutError, match="/update_weights did not answer within 0.1 s"):
+            await engine.update_weights({})

@@ -67,7 +67,7 @@ async def forever(request: web.Request) -> web.StreamResponse:
 @asynccontextmanager
 async def serving(client: dict | None = None, **handlers: Handler) -> AsyncIterator[EngineClient]:
     """A client (with options `client`) of a server with these handlers: generate (in frames), progress,
-    partials, json (generate without our own route), metrics, health, reset, pause, resume, abort.
+    partials, json (generate without our own route), metrics, health, reset, pause, resume, abort, update.
     """
     paths = {
         "generate": ("POST", "/megatron_dapo/v1/generate"),
@@ -80,6 +80,7 @@ async def serving(client: dict | None = None, **handlers: Handler) -> AsyncItera
         "metrics": ("GET", "/metrics"),
         "health": ("GET", "/health"),
         "reset": ("POST", "/reset_prefix_cache"),
+        "update": ("POST", "/update_weights"),
     }
     app = web.Application()
     for name, handler in handlers.items():
