@@ -20,6 +20,7 @@ from megatron_dapo.policy.control import ControlChannel
 from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.report.step import gap_warning, step_metrics
 from megatron_dapo.reward.grading import Grader
+from megatron_dapo.rollout.hosts import Store
 from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
 from megatron_dapo.rollout.service import RolloutService
 from megatron_dapo.sync.verify import compare_digests
@@ -33,11 +34,17 @@ Outcome = tuple[Literal["done", "stop", "push", "failed"], Any]
 
 class Controller:
     """Rank 0's side of a run. `state` is what a checkpoint kept of it, or None for a new run that starts at
-    step 0.
+    step 0. `hosts` has the name of each rank's, ours first; `store` is what all ranks share.
     """
 
     def __init__(
-        self, config: RunConfig, spec: ModelSpec, folder: Path, state: checkpoint.RunState | None
+        self,
+        config: RunConfig,
+        spec: ModelSpec,
+        folder: Path,
+        state: checkpoint.RunState | None,
+        hosts: Sequence[str],
+        store: Store,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -64,6 +71,8 @@ class Controller:
             progress=lambda done, total: self.reporter.progress("collect", done, total),
             message=self.reporter.message,
             watch=self.reporter.fleet,
+            hosts=hosts,
+            store=store,
         )
         if state:
             assert state.rollouts is not None

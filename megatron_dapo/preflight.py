@@ -11,6 +11,9 @@ represent is in policy/rules.py, which the policy checks by itself once more.
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.policy import rules
+
+log = logging.getLogger(__name__)
 
 # What vLLM's CPU attention has kernels for: vllm 0.32, vllm/v1/attention/backends/cpu_attn.py,
 # CPUAttentionBackend.get_supported_head_sizes. Another size ends the server at its first request.
@@ -37,22 +42,24 @@ class Facts:
     on_cpu: bool
 
 
-def check(config: RunConfig) -> Facts:
-    """Refuse a run that cannot work. Starts nothing, reads the model's config.json and all of the data."""
-    facts = check_training(config)
+def check(config: RunConfig, *, planned: bool = False) -> Facts:
+    """Refuse a run that cannot work. Starts nothing, reads the model's config.json and all of the data.
+    `planned`: for other machines than this one, so run.device=cuda needs no GPU here.
+    """
+    facts = check_training(config, planned=planned)
     for rule in RUN_RULES:
         rule(facts)
     return facts
 
 
-def check_training(config: RunConfig) -> Facts:
+def check_training(config: RunConfig, *, planned: bool = False) -> Facts:
     """Refuse a model, layout or option that cannot be trained here, whatever engines and data there are."""
     from megatron_dapo.weights.hf import resolve_folder
 
     check_settings(config)
     folder = resolve_folder(config.model.path)
     spec = read_model(folder)
-    cpu = on_cpu(config)
+    cpu = config.run.device != "cuda" if planned else on_cpu(config)
     rules.check_model(config, spec, on_cpu=cpu)
     return Facts(config=config, folder=folder, spec=spec, layout=config.layout.to_layout(), on_cpu=cpu)
 
@@ -74,6 +81,11 @@ def on_cpu(config: RunConfig) -> bool:
             "(requirements.txt)"
         )
     return config.run.device == "cpu" or not torch.cuda.is_available()
+
+
+def num_hosts() -> int:
+    """Hosts of the run by torchrun's environment, all with as many ranks; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or 1
 
 
 # --- between fields (those about the policy alone are in policy/rules.py)
@@ -201,11 +213,11 @@ def lower_mismatch_bound_is_for_masking(config: RunConfig) -> None:
 
 def enough_engines_are_started(config: RunConfig) -> None:
     """A run cannot need more living engines than it starts."""
-    rollout = config.rollout
-    if rollout.min_engines > rollout.engines:
+    rollout, hosts = config.rollout, num_hosts()
+    if rollout.min_engines > hosts * rollout.engines:
         raise UserError(
-            f"rollout.min_engines={rollout.min_engines} exceeds rollout.engines={rollout.engines}, the "
-            f"engines that are started; lower it"
+            f"rollout.min_engines={rollout.min_engines} exceeds rollout.engines={rollout.engines}"
+            f"{f' on each of {hosts} hosts' if hosts > 1 else ''}, the engines that are started; lower it"
         )
 
 
@@ -238,7 +250,7 @@ def engines_have_kernels_for_the_heads(facts: Facts) -> None:
     import torch
 
     head_dim = facts.spec.head_dim
-    if not torch.cuda.is_available() and head_dim not in VLLM_CPU_HEAD_SIZES:
+    if facts.on_cpu and not torch.cuda.is_available() and head_dim not in VLLM_CPU_HEAD_SIZES:
         sizes = ", ".join(str(size) for size in VLLM_CPU_HEAD_SIZES)
         raise UserError(
             f"model.path={facts.folder}: head_dim={head_dim} is not supported by vLLM's CPU attention, which "
@@ -253,7 +265,7 @@ def files_suffice(facts: Facts) -> None:
     from megatron_dapo.rollout.client import file_descriptors_needed
     from megatron_dapo.rollout.files import check_file_limit
 
-    check_file_limit(file_descriptors_needed(facts.config.rollout))
+    check_file_limit(file_descriptors_needed(facts.config.rollout, num_hosts()))
 
 
 def data_can_be_read(facts: Facts) -> None:
@@ -265,9 +277,27 @@ def data_can_be_read(facts: Facts) -> None:
         raise UserError(
             "data.path is required: a .jsonl or .parquet file of problems (tools/download_data.py makes one)"
         )
-    load_rows(data.path, data.prompt_key, data.answer_key)
-    if evaluation.path is not None:
-        load_rows(evaluation.path, data.prompt_key, data.answer_key, "evaluation.path")
+    files = {"data.path": data.path, "evaluation.path": evaluation.path}
+    for field, path in files.items():
+        if path is not None:
+            rows = load_rows(path, data.prompt_key, data.answer_key, field)
+            if sentence := _repeated_sentence(data.template, [row.prompt for row in rows[:100]]):
+                log.warning(
+                    f"data.template adds to every prompt what {field}={path} already says: {sentence!r}; set "
+                    "data.template='{prompt}', or take it out of the rows (tools/download_data.py --template)"
+                )
+
+
+def _repeated_sentence(template: str, prompts: list[str]) -> str | None:
+    """A sentence of at least three words that the template and a prompt have in common; spaces and ends of
+    lines are not told apart.
+    """
+    texts = [" ".join(prompt.split()) for prompt in prompts]
+    for sentence in re.split(r"(?<=[.:!?])\s|\n|\{prompt\}", template):
+        words = sentence.split()
+        if len(words) >= 3 and any(" ".join(words) in text for text in texts):
+            return " ".join(words)
+    return None
 
 
 def verifier_can_be_called(facts: Facts) -> None:

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -22,6 +23,14 @@ from megatron_dapo.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
 RUN_ID = "megatron_dapo"  # torchrun's name of the groups of ranks that `start_ranks` starts
+SETTLE_S = 30.0  # within which the lifeline knows whom rank 0 has lost
+LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "connection timed out",
+    "remote process exited",  # NCCL
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,24 +54,25 @@ def main(arguments: list[str] | None = None) -> int:
                 preflight.check(config)  # `launch` did not
             return run_rank(config)
         if options.dry_run:
-            preflight.check(config)
+            preflight.check(config, planned=True)
             print(describe(config))
             return 0
         return launch(config)
     except UserError as error:
-        if rank in (None, "0"):
+        # on several hosts it may be wrong on one of them alone
+        if rank in (None, "0") or os.environ.get("LOCAL_RANK") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def describe(config: RunConfig) -> str:
     """The resolved configuration, the layout and the processes a run would start."""
-    layout, rollout = config.layout.to_layout(), config.rollout
+    layout, rollout, hosts = config.layout.to_layout(), config.rollout, preflight.num_hosts()
     return (
         f"{config.dump()}\n"
         f"# layout: {layout.describe()} = {layout.world_size} policy ranks\n"
         f"# processes: {layout.world_size} policy ranks (rank 0 is the controller), {rollout.engines} vLLM "
-        f"servers of tensor-parallel "
+        f"servers{f' on each of {hosts} hosts' if hosts > 1 else ''} of tensor-parallel "
         f"size {rollout.tensor_parallel}, {config.reward.workers} grading workers\n"
         f"# per step: {config.sampling.prompts_per_step} groups of {config.sampling.samples_per_prompt} "
         f"samples, "
@@ -99,6 +109,8 @@ def start_ranks(config: RunConfig, arguments: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // world))
         # A thread that spins at a barrier takes a core from the engines.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    else:  # Megatron-Core wants it with tensor parallelism before Blackwell; CUDA reads it when it starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     previous = {sign: signal.signal(sign, _pass_on) for sign in (signal.SIGTERM, signal.SIGINT)}
     logs = tempfile.TemporaryDirectory(prefix="dapo_ranks_")  # torchrun's, which would stay behind
     settings = LaunchConfig(
@@ -133,7 +145,7 @@ def run_rank(config: RunConfig) -> int:
     """One rank, inside torchrun's environment. It dies with its parent, and what it forks with it."""
     die_with_parent(os.getppid())
     for sign in (signal.SIGTERM, signal.SIGINT):  # until there is something to save; then the Trainer decides
-        signal.signal(sign, lambda *_: os._exit(0))
+        signal.signal(sign, _leave_quietly)
     import warnings
 
     warnings.filterwarnings("ignore", module=r"(torch|megatron|megatron_dapo\.policy\.cpu)\b")
@@ -141,22 +153,58 @@ def run_rank(config: RunConfig) -> int:
     cpu = prepare_device(config)
     from megatron_dapo.policy import session
     from megatron_dapo.policy.backend import backend_of
-    from megatron_dapo.policy.control import RankZeroLost
     from megatron_dapo.trainer import Trainer
 
+    backend = backend_of(cpu)
     try:
-        Trainer(config, backend_of(cpu)).run()
-    except UserError as error:
-        speaker = "1" if isinstance(error, RankZeroLost) else "0"  # rank 0 speaks for all unless it is gone
-        if os.environ["RANK"] == speaker:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if os.environ["RANK"] == "0" or not is_lost_peer(error):
-            raise
-        return 1  # the rank that ended first has said why
+        session.start(config.layout.to_layout(), backend, remedy=how_to_resume(config))
+        Trainer(config, backend).run()
+    except BaseException as error:  # Megatron's CheckpointException is no Exception
+        return end_with(error)
     session.stop()
     return 0
+
+
+def end_with(error: BaseException) -> int:
+    """The exit code of a rank that `error` ends, after whom it concerns has been told.
+
+    Rank 0 prints a user's error for all: its own, and, where another rank alone has one, what that rank says
+    on the lifeline. A rank that another one has left lets the lifeline say which. Everything else is raised,
+    for its traceback.
+    """
+    from megatron_dapo.policy import session
+    from megatron_dapo.policy.control import RankZeroLost
+
+    rank, left = os.environ["RANK"], isinstance(error, RankZeroLost) or is_lost_peer(error)
+    if left and session.settle(SETTLE_S if rank == "0" else SETTLE_S / 10):
+        session.leave()
+        return 1
+    words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    rank_0_knows = session.leave(words)
+    if isinstance(error, RankZeroLost):
+        speaks = rank == "1"
+    else:
+        speaks = rank == "0" or (not rank_0_knows and os.environ.get("LOCAL_RANK") == "0")
+    if not isinstance(error, UserError) and (speaks or not left):
+        raise error
+    if speaks:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def how_to_resume(config: RunConfig) -> str:
+    """The command that goes on from the newest checkpoint."""
+    if os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID:
+        file = shlex.quote(f"{config.run.dir}/config.yaml")
+        return f"resume with: python -m megatron_dapo.train {file} checkpoint.resume=auto"
+    return "resume with the same command on every host, with checkpoint.resume=auto"
+
+
+def _leave_quietly(number: int, frame: Any) -> None:
+    """End at a signal, before there is a trainer that could save."""
+    if session := sys.modules.get("megatron_dapo.policy.session"):
+        session.leave()
+    os._exit(0)
 
 
 def die_with_parent(parent: int) -> None:
@@ -189,10 +237,10 @@ def prepare_device(config: RunConfig) -> bool:
     return cpu
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether gloo says that another rank's process has ended. It has two ways to say so."""
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether gloo or NCCL says that another rank is gone. They have several ways to say so."""
     text = str(error).lower()
-    return "connection closed by peer" in text or "connection reset by peer" in text
+    return isinstance(error, RuntimeError) and any(words in text for words in LOST_PEER)
 
 
 def _pass_on(number: int, frame: Any) -> None:

@@ -25,10 +25,10 @@ from megatron_dapo.policy.backend import Backend
 from megatron_dapo.policy.batches import scatter
 from megatron_dapo.policy.guards import NotFinite
 from megatron_dapo.policy.step import Policy, combine
+from megatron_dapo.rollout.hosts import serve_engines
 from megatron_dapo.rollout.rollouts import StopRequested
 from megatron_dapo.sync.export import export
-from megatron_dapo.sync.publish import Publisher
-from megatron_dapo.sync.shm import SharedMemory
+from megatron_dapo.sync.publish import make_publisher
 from megatron_dapo.types import Batch, StepResult, UpdateResult
 
 T = TypeVar("T")
@@ -43,16 +43,19 @@ class Trainer:
         self.session = session.start(config.layout.to_layout(), backend)
         self.objective = make_objective(config.objective, max_age=config.sampling.max_age)
         self.policy = Policy(config, self.session, self.objective)
-        rank, group = self.session.rank, self.session.control
-        self.publisher = Publisher(SharedMemory(rank, group, self.policy.spec, config.model.dtype))
-        resumed_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
+        rank, hosts, store = self.session.rank, self.session.hosts(), self.session.channel.connection()
+        self.publisher = make_publisher(config, self.policy.spec, rank, hosts, self.session.control)
+        # rank 0 chooses for all: on a network file system hosts may see a new folder at different times
+        resumed_from = checkpoint.find(self.run_dir, config.checkpoint.resume) if rank == 0 else None
+        resumed_from = self.session.channel.share(resumed_from)
         state = checkpoint.load(resumed_from, self.policy) if resumed_from else None
         self.step = state.step if state else 0
         self.saved_step = self.step  # of the newest checkpoint; a fresh run counts as saved, `save` skips it
         self.batch: Batch | None = None  # rank 0: the whole batch of the running step
         self.controller: Controller | None = None
+        self.engine_host = serve_engines(config, self.policy.folder, rank, hosts, store)
         if rank == 0:
-            self.controller = Controller(config, self.policy.spec, self.policy.folder, state)
+            self.controller = Controller(config, self.policy.spec, self.policy.folder, state, hosts, store)
             self.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {self.run_dir}")
         self.session.channel.share()  # rank 0 handles signals now; until here they ended every rank alike
         if rank > 0:
@@ -80,6 +83,7 @@ class Trainer:
         finally:
             if self.controller:
                 self.controller.close()
+        self.session.channel.share()  # rank 0 has stopped every engine: none ends with the rank of its host
 
     def train_step(self) -> None:
         """One rollout batch, `batch.updates_per_step` optimizer updates, one weight push."""
@@ -134,12 +138,10 @@ class Trainer:
         return combine(results)
 
     def publish(self) -> None:
-        """Push the weights to every engine (sync/). One that fails is left behind, and restarted by the
-        service.
-        """
+        """Push the weights to every engine (sync/). One that fails is left behind, and restarted."""
         with self.controller.service.paused() if self.controller else nullcontext() as replicas:
             self.session.channel.share()  # rank 0's engines stand still, however long that took
-            report = self.publisher.publish(self.policy.weight_shards(), self.step, replicas)
+            report = self.publisher.publish(self.policy.held_shards(), self.step, replicas)
         for failure in report.failures:
             self.say(str(failure))
 
@@ -174,15 +176,13 @@ class Trainer:
         """Final checkpoint and Hugging Face export."""
         self.save()
         if self.config.checkpoint.export_hf:
-            folder, policy, here = self.run_dir / "hf", self.policy, self.session
-            shards, dtype = policy.weight_shards(), self.config.model.dtype
-            export(shards, policy.spec, dtype, here.rank, here.control, folder, policy.folder)
+            policy, rank, control = self.policy, self.session.rank, self.session.control
+            shards, dtype, folder = policy.weight_shards(), self.config.model.dtype, self.run_dir / "hf"
+            export(shards, policy.spec, dtype, rank, control, folder, policy.folder)
             self.say(f"exported {folder}")
         if self.config.run.verify_sync:
             compared = self.on_rank_0(lambda controller: controller.verify(self.run_dir / "hf", self.step))
-            self.say(
-                f"verified: {compared} parameters in the engines equal those of a fresh server on the export"
-            )
+            self.say(f"verified: {compared} parameters in the engines equal a fresh server's on the export")
 
     def on_rank_0(self, work: Callable[[Controller], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank (controller.py)."""

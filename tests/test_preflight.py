@@ -173,6 +173,38 @@ def test_a_port_in_use_is_refused(run):
             check(RunConfig.load(None, [*run, f"rollout.base_port={port}"]))
 
 
+DAPO_TEMPLATE = 'Solve the problem step by step. Say "Answer: $Answer".\n\n{prompt}\n\nRemember to end.'
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "sentence"),
+    [
+        (DAPO_TEMPLATE, "Solve  the problem step\nby step. 1+1=", "Solve the problem step by step."),
+        (DAPO_TEMPLATE, "1+1=\n\nRemember to end.", "Remember to end."),
+        (DAPO_TEMPLATE, "How would you solve the problem step by step?", None),
+        (DAPO_TEMPLATE, 'He said "Answer: 5".', None),
+        ("{prompt} =", "1+1 =", None),
+    ],
+)
+def test_a_template_that_repeats_the_rows_is_warned_of(run, tmp_path, caplog, template, prompt, sentence):
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": prompt, "answer": "2"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.path={tmp_path}/data.jsonl", f"data.template={json.dumps(template)}"]
+    check(RunConfig.load(None, [*run, *data]))
+    assert len(caplog.records) == (sentence is not None)
+    if sentence:
+        assert f"data.template adds to every prompt what data.path={tmp_path}" in caplog.text
+        assert repr(sentence) in caplog.text
+
+
+def test_a_gpu_is_needed_to_run_and_not_to_plan(run):
+    config = RunConfig.load(None, [*run, "run.device=cuda", "policy.recompute_modules=[mlp]"])
+    with pytest.raises(UserError, match="run.device=cuda but torch sees no GPU"):
+        check(config)
+    assert not check(config, planned=True).on_cpu
+    assert check(RunConfig.load(None, [*run, "run.device=auto"]), planned=True).on_cpu
+
+
 def test_a_model_folder_that_is_none_is_refused(run, tmp_path):
     for path, message in (
         (tmp_path, "has no config.json"),
@@ -245,6 +277,6 @@ def test_no_rule_is_left_out_of_its_list(module):
         defined - listed
         == {
             rules: {"check", "check_settings", "check_model"},
-            preflight: {"check", "check_training", "check_settings", "on_cpu", "Facts"},
+            preflight: {"check", "check_training", "check_settings", "on_cpu", "num_hosts", "Facts"},
         }[module]
     )

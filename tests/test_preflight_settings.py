@@ -177,3 +177,12 @@ def test_the_edge_of_each_rule_is_allowed(overrides):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_fields_of_every_recipe_go_together(path):
     check_settings(RunConfig.load(path))
+
+
+def test_engines_are_counted_over_all_hosts(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    words = ["model.path=m", "rollout.engines=2"]
+    check_settings(RunConfig.load(None, [*words, "rollout.min_engines=4"]))
+    with pytest.raises(UserError, match=r"min_engines=5 exceeds rollout\.engines=2 on each of 2 hosts, the"):
+        check_settings(RunConfig.load(None, [*words, "rollout.min_engines=5"]))

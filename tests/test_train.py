@@ -113,70 +113,175 @@ def test_rank_0_checks_unless_the_launcher_did(run, monkeypatch, rank, run_id, c
     assert len(checked) == checks
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_one_rank_speaks_for_all(run, monkeypatch, capsys, rank, lines):
+@pytest.mark.parametrize(
+    ("rank", "local", "lines"), [("0", "0", 1), ("1", "1", 0), ("8", "0", 1), ("9", "1", 0)]
+)
+def test_one_rank_of_each_host_says_what_is_wrong_there(run, monkeypatch, capsys, rank, local, lines):
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
     assert train.main([*run, "optimizer.rl=1"]) == 2
     assert capsys.readouterr().err.count("\n") == lines
 
 
+class FakeSession:
+    """policy/session.py with a lifeline, or without; `lost` is what it will have noticed by the time."""
+
+    def __init__(self, lost: bool, has_lifeline: bool = True) -> None:
+        self.lost, self.has_lifeline = lost, has_lifeline
+        self.left: list[str | None] = []
+
+    def start(self, layout: Any, backend: Any, remedy: str) -> None:
+        self.remedy = remedy
+
+    def settle(self, timeout_s: float) -> bool:
+        return self.lost
+
+    def leave(self, failure: str | None = None) -> bool:
+        self.left.append(failure)
+        return self.has_lifeline
+
+    def stop(self) -> None:
+        self.left.append("stop")
+
+
 @pytest.fixture
 def run_rank_with(run, monkeypatch):
-    """Call `run_rank` as rank `rank` with a trainer that raises `error`."""
+    """Call `run_rank` as rank `rank`, the first of its host, with a trainer that raises `error`."""
 
-    def call(rank: str, error: BaseException) -> int:
+    def call(rank: str, error: BaseException | None, session: FakeSession | None = None) -> int:
         class Trainer:
             def __init__(self, config: Any, backend: Any) -> None:
                 pass
 
             def run(self) -> None:
-                raise error
+                if error:
+                    raise error
 
+        session = session or FakeSession(lost=False)
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", str(int(rank) % 8))
         monkeypatch.setattr(train.ctypes, "CDLL", lambda _: SimpleNamespace(prctl=lambda *_: 0))
         monkeypatch.setattr(train.signal, "signal", lambda *_: None)
         monkeypatch.setattr(train, "prepare_device", lambda config: True)
         for name, content in {
-            "trainer": {"Trainer": Trainer},
-            "policy.session": {"stop": lambda: None},
-            "policy.backend": {"backend_of": lambda on_cpu: None},
+            "trainer": SimpleNamespace(Trainer=Trainer),
+            "policy.session": session,
+            "policy.backend": SimpleNamespace(backend_of=lambda on_cpu: None),
         }.items():
-            monkeypatch.setitem(sys.modules, f"megatron_dapo.{name}", SimpleNamespace(**content))
-        monkeypatch.setattr("megatron_dapo.policy.session", SimpleNamespace(stop=lambda: None), raising=False)
+            monkeypatch.setitem(sys.modules, f"megatron_dapo.{name}", content)
+        monkeypatch.setattr("megatron_dapo.policy.session", session, raising=False)
         return train.run_rank(train.RunConfig.load(None, run))
 
     return call
 
 
-def test_a_rank_prints_a_users_error_without_traceback(run_rank_with, capsys):
-    assert run_rank_with("0", UserError("lower the learning rate")) == 1
-    assert capsys.readouterr().err == "error: lower the learning rate\n"
-    assert run_rank_with("1", UserError("lower the learning rate")) == 1
-    assert capsys.readouterr().err == ""
+def test_a_rank_that_has_finished_says_goodbye(run_rank_with):
+    session = FakeSession(lost=False)
+    assert run_rank_with("1", None, session) == 0
+    assert session.left == ["stop"]
 
 
-def test_rank_1_speaks_where_rank_0_is_gone(run_rank_with, capsys):
+@pytest.mark.parametrize("rank", ["0", "1", "8"])
+def test_a_users_error_is_printed_by_rank_0_and_told_to_it(run_rank_with, capsys, rank):
+    session = FakeSession(lost=False)
+    assert run_rank_with(rank, UserError("lower the learning rate"), session) == 1
+    assert session.left == ["lower the learning rate"]
+    assert capsys.readouterr().err == ("error: lower the learning rate\n" if rank == "0" else "")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), ("8", 1), ("9", 0)])
+def test_without_a_lifeline_one_rank_of_each_host_prints_it(run_rank_with, capsys, rank, lines):
+    session = FakeSession(lost=False, has_lifeline=False)
+    assert run_rank_with(rank, UserError("lower the learning rate"), session) == 1
+    assert capsys.readouterr().err.count("error: lower the learning rate\n") == lines
+
+
+def test_rank_1_speaks_where_the_store_is_gone_with_rank_0(run_rank_with, capsys):
     for rank, words in (("1", "error: rank 0 is gone\n"), ("2", "")):
         assert run_rank_with(rank, RankZeroLost("rank 0 is gone")) == 1
         assert capsys.readouterr().err == words
+    assert run_rank_with("1", RankZeroLost("rank 0 is gone"), FakeSession(lost=True)) == 1
+    assert capsys.readouterr().err == ""  # the lifeline has said it
 
 
-@pytest.mark.parametrize("error", [ValueError("bare"), OSError("no space"), TimeoutError("late")])
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_keeps_the_traceback_of_everything_else(run_rank_with, rank, error):
-    with pytest.raises(type(error)):
-        run_rank_with(rank, error)
+class FormatError(BaseException):
+    """Like Megatron's CheckpointException, no Exception."""
 
 
 @pytest.mark.parametrize(
-    "words", ["Connection closed by peer [127.0.0.1]:4", "recv: Connection reset by peer"]
+    "error", [ValueError("bare"), OSError("no space"), TimeoutError("late"), FormatError("v1")]
 )
-def test_a_rank_that_lost_another_leaves_the_word_to_it(run_rank_with, words):
-    assert run_rank_with("1", RuntimeError(words)) == 1
-    with pytest.raises(RuntimeError, match="peer"):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_keeps_the_traceback_of_everything_else_and_tells_the_others(run_rank_with, rank, error):
+    session = FakeSession(lost=False)
+    with pytest.raises(type(error)):
+        run_rank_with(rank, error, session)
+    assert session.left == [f"{type(error).__name__}: {error}"]
+
+
+LOST_PEER = [
+    "Connection closed by peer [127.0.0.1]:4",
+    "recv: Connection reset by peer",
+    "[gloo/transport/tcp/pair.cc:534] writev [10.0.0.2]:4: Broken pipe",
+    "Read error [10.0.0.2]:4: Connection timed out",
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exited",
+]
+
+
+@pytest.mark.parametrize("words", LOST_PEER)
+def test_a_rank_that_lost_another_leaves_the_word_to_the_lifeline(run_rank_with, capsys, words):
+    for rank in ("0", "1"):
+        session = FakeSession(lost=True)
+        assert run_rank_with(rank, RuntimeError(words), session) == 1
+        assert session.left == [None]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", LOST_PEER)
+def test_a_link_between_two_living_ranks_is_an_error_of_both(run_rank_with, words):
+    session = FakeSession(lost=False)
+    assert run_rank_with("1", RuntimeError(words), session) == 1
+    assert session.left == [f"RuntimeError: {words}"]  # rank 0 prints it
+    with pytest.raises(RuntimeError):
         run_rank_with("0", RuntimeError(words))
+
+
+def test_another_error_is_not_taken_for_a_lost_rank(run_rank_with):
     with pytest.raises(RuntimeError, match="shapes"):
-        run_rank_with("1", RuntimeError("shapes differ"))
+        run_rank_with("1", RuntimeError("shapes differ"), FakeSession(lost=True))
+
+
+@pytest.mark.parametrize(
+    ("run_id", "words"),
+    [
+        (
+            train.RUN_ID,
+            "resume with: python -m megatron_dapo.train 'runs/my run/config.yaml' checkpoint.resume=",
+        ),
+        ("none", "resume with the same command on every host, with checkpoint.resume=auto"),
+    ],
+)
+def test_the_command_that_resumes(run, monkeypatch, run_id, words):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    config = train.RunConfig.load(None, [*run, "run.dir=runs/my run"])
+    assert train.how_to_resume(config).startswith(words)
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_ranks_on_gpus_are_started_with_one_connection_to_the_device(run, monkeypatch, on_cpu):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setattr(preflight, "on_cpu", lambda config: on_cpu)
+    found = []
+
+    def launch(settings: Any, entry: str) -> Any:
+        return lambda *arguments: found.append(train.os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setitem(train.os.environ, name, "")  # what is set is undone afterwards
+        monkeypatch.delitem(train.os.environ, name)
+    assert train.start_ranks(train.RunConfig.load(None, run), ["x"]) == 0
+    assert found == [None if on_cpu else "1"]
 
 
 # --- the Python API ---------------------------------------------------------------------

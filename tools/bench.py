@@ -8,6 +8,10 @@
     python tools/bench.py train-step --model FOLDER --lengths lengths.json [--tokens 16384] [--budget 4096]
                                      [section.key=value ...]
     python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
+    python tools/bench.py weight-sync --config qwen2.5-1.5b-like | --model FOLDER [--trainer tp2,pp2]
+                                      [--engine tp2] [--pushes 5] [--dtype bf16]
+                                      [--baseline full-gather] [--baseline safetensors-reload]
+                                      [section.key=value ...]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32
 prompts x 8 samples of 20 tokens, 2 data-parallel ranks, one vLLM server, strict (sampling.max_age=0). Seconds
@@ -51,6 +55,18 @@ tokens): packed end to end, and, for comparison in the same run, padded to the l
 Tokens a second count real tokens. gemm_share: matrix products in the CPU time of a packed update;
 gemm_of_ceiling: their operations a second over the whole update, against a large product on the same machine;
 peak_extra_bytes: resident memory of an update over what there was before. Medians over the repeats.
+
+`weight-sync`: weight pushes of the run's own code (sync/publish.py) from ranks on this host into one real
+vLLM server; no policy is built, each rank has tensors of the sizes and places that Megatron's would have. The
+first push (with its plan, and verified) is not measured; seconds are medians of the others, in which all
+values change. Lists are by engine worker. lower_bound_bytes: the worker's parameters without padding.
+seconds_over_memcpy: against one thread that copies all workers' bytes once (memcpy_gbps, in this run).
+repack_seconds: vLLM's process_weights_after_loading, in the slowest worker; without_repack_over_memcpy leaves
+it out; kernel_copy_seconds: vLLM's copies of what it has repacked into the memory that its kernels know,
+which count as the push's. peak_extra_bytes_sender: memory that the rank with the most keeps for pushes;
+peak_extra_bytes_receiver: resident memory of a worker over what it had before, with the chunks that it maps.
+`baseline`, in the same server: full-gather, every worker is sent the whole model and loads it with vLLM's own
+loaders; safetensors-reload, the ranks export a checkpoint to disk and vLLM reloads it (its reload_weights).
 """
 
 from __future__ import annotations
@@ -76,6 +92,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     _add_whole_steps(commands)
     _add_parts(commands)
+    _add_weight_sync(commands)
     options = parser.parse_args()
     print(json.dumps(importlib.import_module(f"benchmarks.{options.module}").run(options)))
 
@@ -133,6 +150,24 @@ def _add_parts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     update.add_argument("--repeats", type=int, default=3)
     update.add_argument("overrides", nargs="*", metavar="section.key=value")
     update.set_defaults(module="train_step")
+
+
+def _add_weight_sync(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    push = commands.add_parser("weight-sync", help="weight pushes into one vLLM server")
+    model = push.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model", type=Path, help="folder with config.json and tokenizer; weights are not read"
+    )
+    model.add_argument("--config", choices=["tiny", "qwen2.5-0.5b-like", "qwen2.5-1.5b-like"])
+    push.add_argument("--trainer", default="tp2,pp2", help="the policy's layout: tp, pp, vpp, cp, ep, dp")
+    push.add_argument("--engine", default="tp2", help="the server's tensor-parallel size")
+    push.add_argument("--pushes", type=int, default=5, help="of each way; the first is not measured")
+    push.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of policy and engine")
+    push.add_argument(
+        "--baseline", action="append", default=[], choices=["full-gather", "safetensors-reload"]
+    )
+    push.add_argument("overrides", nargs="*", metavar="section.key=value")
+    push.set_defaults(module="weight_sync")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
         --prompt-path prompt.0.content --answer-path reward_model.ground_truth --dedup --out
         data/dapo-math-17k.jsonl
 
-A path walks through a row: names enter objects, numbers enter lists.
+A path walks through a row: names enter objects, numbers enter lists. The prompts of BytedTsinghua-SIA carry
+their instruction around the problem; --template says which, it is taken off, and the run's data.template adds
+it again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dapo.data.prompts import load_rows
+
+# Around every problem of BytedTsinghua-SIA/DAPO-Math-17k and AIME-2024; data.template of
+# examples/configs/qwen32b.yaml.
+DAPO_TEMPLATE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    "{prompt}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
+)
 
 
 def pick(row: Any, path: str) -> Any:
@@ -36,13 +47,29 @@ def pick(row: Any, path: str) -> Any:
     return value
 
 
+def bare(prompt: Any, template: str) -> Any:
+    """The problem alone, where the prompt is the template around it; else the prompt as it is."""
+    before, _, after = (part.strip() for part in template.partition("{prompt}"))
+    if not isinstance(prompt, str):
+        return prompt
+    text = prompt.strip()
+    problem = text.removeprefix(before).removesuffix(after).strip()
+    return problem if problem and text.startswith(before) and text.endswith(after) else prompt
+
+
 def map_rows(
-    rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool
+    rows: Iterable[Mapping[str, Any]],
+    prompt_path: str,
+    answer_path: str,
+    dedup: bool,
+    template: str = DAPO_TEMPLATE,
 ) -> Iterator[dict[str, Any]]:
-    """{prompt, answer} of every row; with `dedup` the first row of every prompt."""
+    """{prompt, answer} of every row, the prompt without the template; with `dedup` the first row of every
+    prompt.
+    """
     seen: set[str] = set()
     for row in rows:
-        prompt = pick(row, prompt_path)
+        prompt = bare(pick(row, prompt_path), template)
         if dedup and isinstance(prompt, str):
             if prompt in seen:
                 continue
@@ -51,12 +78,16 @@ def map_rows(
 
 
 def write(
-    rows: Iterable[Mapping[str, Any]], prompt_path: str, answer_path: str, dedup: bool, out: Path
+    rows: Iterable[Mapping[str, Any]],
+    prompt_path: str,
+    answer_path: str,
+    dedup: bool,
+    out: Path,
+    template: str = DAPO_TEMPLATE,
 ) -> int:
     """Check the rows as a run would, then write them atomically; returns how many."""
-    checked = load_rows(
-        list(map_rows(rows, prompt_path, answer_path, dedup)), "prompt", "answer", field="--name"
-    )
+    mapped = list(map_rows(rows, prompt_path, answer_path, dedup, template))
+    checked = load_rows(mapped, "prompt", "answer", field="--name")
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -75,17 +106,25 @@ def main() -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--prompt-path", default="prompt", help="where a row holds the problem's text")
     parser.add_argument("--answer-path", default="answer", help="where a row holds the final answer")
+    parser.add_argument(
+        "--template",
+        default=DAPO_TEMPLATE,
+        help="text around {prompt} that is taken off each prompt that has it (default: DAPO's instruction; "
+        "'{prompt}': none)",
+    )
     parser.add_argument("--dedup", action="store_true", help="keep the first row of every prompt")
     parser.add_argument("--out", required=True, type=Path, help="JSONL file to write")
     args = parser.parse_args()
     if args.out.suffix != ".jsonl":
         parser.error(f"--out {args.out} must end in .jsonl")
+    if "{prompt}" not in args.template:
+        parser.error(f"--template {args.template!r} must hold {{prompt}}, where the problem is")
 
     import datasets
 
     rows = datasets.load_dataset(args.name, args.subset, split=args.split)
     try:
-        num_rows = write(rows, args.prompt_path, args.answer_path, args.dedup, args.out)
+        num_rows = write(rows, args.prompt_path, args.answer_path, args.dedup, args.out, args.template)
     except ValueError as error:
         parser.error(str(error))
     print(f"{args.out}: {num_rows} of {len(rows)} rows")

@@ -36,6 +36,7 @@ from megatron_dapo.config.sections import (
     RunSection,
     SamplingConfig,
     Section,
+    SyncConfig,
 )
 from megatron_dapo.errors import UserError
 
@@ -58,6 +59,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "Section",
+    "SyncConfig",
     "nested_sections",
     "register_objective",
     "valid_keys",
@@ -72,6 +74,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
     objective: AnyObjective = DapoConfig()
+    sync: SyncConfig = SyncConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     data: DataConfig = DataConfig()

@@ -120,7 +120,7 @@ class PolicyConfig(Section):
 
 
 class RolloutConfig(Section):
-    engines: PositiveInt = Field(default=1, description="Number of vLLM servers started on this host.")
+    engines: PositiveInt = Field(default=1, description="Number of vLLM servers on every host.")
     tensor_parallel: PositiveInt = Field(default=1, description="Tensor-parallel size of each server.")
     max_tokens: PositiveInt = Field(default=1024, description="Longest response, tokens (the paper's L_max).")
     temperature: float = Field(
@@ -344,6 +344,19 @@ class ReportConfig(Section):
     tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run folder.")
     wandb: bool = Field(default=False, description="Log to wandb; offline without an API key.")
     wandb_project: str = Field(default="megatron_dapo", description="Project that wandb logs to.")
+
+
+class SyncConfig(Section):
+    chunk_bytes: PositiveInt = Field(
+        default=1 << 30,
+        description="Weights travel to an engine worker in chunks of at most so many bytes; two of them are "
+        "in memory at once, for each worker.",
+    )
+    verify: Literal["never", "first"] | PositiveInt = Field(
+        default="first",
+        description="Pushes in which every worker checks what it received and what it wrote: none, the "
+        "first, or every n-th.",
+    )
 
 
 class RunSection(Section):

@@ -67,6 +67,10 @@ class ControlChannel:
         except dist.DistNetworkError as error:
             raise RankZeroLost(f"the store of this run cannot be reached any more: {error}") from error
 
+    def connection(self) -> dist.Store:
+        """Another connection to the store, for another thread."""
+        return self._store.clone()
+
     def close(self) -> None:
         """End rank 0's signs of life."""
         self._closed.set()

@@ -230,6 +230,16 @@ def load_weights(chunks: Iterable[torch.nn.Module], folder: Path, spec: ModelSpe
             parameter.get_high_precision_init_val = lambda shard=shard: shard
 
 
+def held_shards(chunks: Iterable[torch.nn.Module], spec: ModelSpec, session: Session) -> list[Shard]:
+    """All parameters of this rank, also those that other ranks hold as well."""
+    shards = []
+    for name, parameter in named_shards(chunks):
+        split = session.shards(expert=row_of(name).expert)
+        slices = slices_of(name, spec, tp=split.size, tp_rank=split.rank)
+        shards.append(Shard(name=name, tensor=parameter, slices=tuple(slices)))
+    return shards
+
+
 def weight_shards(chunks: Iterable[torch.nn.Module], spec: ModelSpec, session: Session) -> list[Shard]:
     """The parameters that this rank contributes to a checkpoint: over all ranks every Hugging Face tensor
     once. The first replica contributes, one tensor-parallel rank what all of them have, and the first stage's

@@ -131,11 +131,16 @@ class Policy(ModelRunner):
         )
 
     def weight_shards(self) -> list[Shard]:
-        """The live parameters that this rank contributes to a push or an export. Call again after every
-        update: with overlapped gathers a rank has other ranks' updated weights only after this call.
+        """The live parameters that this rank contributes to an export. Call again after every update: with
+        overlapped gathers a rank has other ranks' updated weights only after this call.
         """
         model_file.gather_weights(self.chunks)
         return model_file.weight_shards(self.chunks, self.spec, self.session)
+
+    def held_shards(self) -> list[Shard]:
+        """All live parameters of this rank, for a push; call again after every update."""
+        model_file.gather_weights(self.chunks)
+        return model_file.held_shards(self.chunks, self.spec, self.session)
 
     def _loss_function(self, mini: MiniBatch) -> Callable[..., Any]:
         """The objective's loss of one micro-batch, as Megatron's schedule takes it.

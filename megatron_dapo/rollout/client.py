@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -34,11 +34,11 @@ PauseMode = Literal["abort", "wait", "keep"]
 log = logging.getLogger(__name__)
 
 
-def file_descriptors_needed(rollout: RolloutConfig) -> int:
+def file_descriptors_needed(rollout: RolloutConfig, num_hosts: int = 1) -> int:
     """Open files that the controller's process may need: each sequence in flight can have a connection of its
     own.
     """
-    return OWN_FILES + rollout.engines * (rollout.max_concurrency + 4)
+    return OWN_FILES + num_hosts * rollout.engines * (rollout.max_concurrency + 4)
 
 
 class EngineClient:
@@ -365,12 +365,18 @@ class EngineClient:
         """Prepare the server for weight pushes; once after its start."""
         await self._connection.call("POST", "/init_weight_transfer_engine", {"init_info": info or {}})
 
+    async def sink_tables(self, shapes: Mapping[str, Sequence[int]], dtype: str) -> list[Any]:
+        """What each worker needs of a checkpoint of these tensors (sync/sinks.py: SinkTable.to_json)."""
+        kwargs = {"shapes": {name: list(shape) for name, shape in shapes.items()}, "dtype": dtype}
+        body = {"method": "megatron_dapo_sink_table", "kwargs": kwargs}
+        return (await self._connection.call("POST", "/collective_rpc", body))["results"]
+
     async def start_weight_update(self) -> None:
         """Begin a push. What the server held until now is lost with the first chunk."""
         await self._weight_call("/start_weight_update")
 
-    async def update_weights(self, info: dict[str, Any]) -> None:
-        """Hand over one chunk (sync/manifest.py); when this returns the server no longer reads the memory."""
+    async def update_weights(self, info: list[dict[str, Any]]) -> None:
+        """Hand over a chunk for each worker (sync/manifest.py); when this returns nobody reads the memory."""
         await self._weight_call("/update_weights", {"update_info": info})
 
     async def finish_weight_update(self, version: str) -> None:

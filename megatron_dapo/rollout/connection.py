@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from megatron_dapo.errors import UserError
+from megatron_dapo.lifeline import set_keepalive
 from megatron_dapo.rollout.errors import (
     OUT_OF_FILES,
     EngineDied,
@@ -30,7 +32,8 @@ JSON_PATH = "/inference/v1/generate"  # vLLM's own route
 SAMPLING_PATHS = (GENERATE_PATH, JSON_PATH)
 KEEP_ALIVE_S = 60.0  # below the server's (server.py), so that a reused connection is never a closed one
 CONNECT_TIMEOUT_S = 30.0
-CALL_TIMEOUT_S = 600.0  # of one weight call: the largest chunk, or all the repacking at the end of a push
+SILENT_HOST_S = 30  # a host without power or network sends no word of its end
+CALL_TIMEOUT_S = 600.0  # of a call that has no limit of its own
 READ_BUFFER = 1 << 20  # bytes that may wait to be read before the server is slowed down
 
 
@@ -138,10 +141,18 @@ class Connection:
             options: dict[str, Any] = {"keepalive_timeout": KEEP_ALIVE_S} if reuse else {"force_close": True}
             self._sessions[reuse] = aiohttp.ClientSession(
                 headers=self._headers,
-                connector=aiohttp.TCPConnector(limit=0, **options),
+                connector=aiohttp.TCPConnector(limit=0, socket_factory=_socket, **options),
                 read_bufsize=READ_BUFFER,
             )
         return self._sessions[reuse]
+
+
+def _socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """That fails SILENT_HOST_S after the server's host went silent, though a request may take for ever."""
+    family, kind, protocol, *_ = address
+    sock = socket.socket(family, kind, protocol)
+    set_keepalive(sock, SILENT_HOST_S)
+    return sock
 
 
 def _error(where: str, status: int, text: str, reason: str) -> Exception:

@@ -226,15 +226,15 @@ class Fleet:
         return [replica.name for replica in self._with_clients()]
 
     async def call(
-        self, names: Collection[str], what: Callable[[Any], Awaitable[None]]
-    ) -> dict[str, BaseException | None]:
-        """Run `what` on the clients of these replicas at once; the error of each or None. Never raises."""
+        self, names: Collection[str], what: Callable[[str, Any], Awaitable[Any]]
+    ) -> dict[str, Any]:
+        """Run `what(name, client)` for these replicas at once; the result or error of each. Never raises."""
 
-        async def on(name: str) -> None:
+        async def on(name: str) -> Any:
             client = self._named(name).client
             if client is None:
                 raise EngineDied(f"{name} failed meanwhile: {self._named(name).error}")
-            await what(client)
+            return await what(name, client)
 
         results = await asyncio.gather(*(on(name) for name in names), return_exceptions=True)
         return dict(zip(names, results, strict=True))

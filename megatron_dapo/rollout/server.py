@@ -1,7 +1,7 @@
 """One stock vLLM server as a child process: start, watch, stop.
 
-The child runs in its own session, listens on 127.0.0.1 only, demands the run's token, and dies with us (even
-by kill -9).
+The child runs in its own session, listens on 127.0.0.1 or the address that rank 0 reaches it by, demands the
+run's token, and dies with us (even by kill -9).
 """
 
 from __future__ import annotations
@@ -17,19 +17,28 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import aiohttp
 
 from megatron_dapo.config import RolloutConfig, RunConfig
-from megatron_dapo.environment import DIGEST_VARIABLE, ENGINE_VARIABLE, PLUGIN, TOKEN_VARIABLE
+from megatron_dapo.environment import (
+    DIGEST_VARIABLE,
+    ENGINE_VARIABLE,
+    PLUGIN,
+    TOKEN_VARIABLE,
+    WORKER_EXTENSION,
+)
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.errors import OUT_OF_FILES, EngineDied, out_of_files
 from megatron_dapo.rollout.server_log import quote_log
 
-HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 STOP_GRACE_S = 10.0
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# On a CPU vLLM gives a lone worker a process of its own, to set its threads; `environment` sets them for all.
+# Without it a start takes a third and generation an eighth less processor time.
+WORKER_IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 # What torchrun and the training environment leave behind; vLLM would take it for its own.
 TORCHRUN_VARIABLES = frozenset(
@@ -38,10 +47,13 @@ TORCHRUN_VARIABLES = frozenset(
 TORCHRUN_PREFIXES = ("TORCHELASTIC_", "TORCH_NCCL_", "PET_")
 
 # Runs before vLLM is imported: ask the kernel to kill this process with its parent, then become the server.
-# The request survives exec, and unlike preexec_fn nothing runs between fork and exec of a threaded parent.
+# The request survives exec, and unlike preexec_fn nothing runs between fork and exec of a threaded parent. So
+# would signals that the parent ignores.
 BOOTSTRAP = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+for sign in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(sign, signal.SIG_DFL)
 if os.getppid() != int(sys.argv[1]):
     os._exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
@@ -53,7 +65,8 @@ class EngineStartTimeout(TimeoutError):
 
 
 class EngineServer:
-    """A vLLM server of this host. `extra_env` is added to its environment last.
+    """A vLLM server of this host: engine `index` of the run, and `slot` of this host (the same, unless said
+    otherwise). It listens on `address`. `extra_env` is added to its environment last.
 
     Call `start` from a thread that lives as long as the run: the kernel ends the child when the thread that
     started it ends.
@@ -71,8 +84,12 @@ class EngineServer:
         seed: int,
         extra_env: dict[str, str] | None = None,
         device: Literal["cpu", "cuda"] | None = None,
+        *,
+        slot: int | None = None,
+        address: str = LOOPBACK,
     ) -> None:
         self.index = index
+        self._slot, self._address = index if slot is None else slot, address
         self.model = model
         self.log_path = Path(run_dir) / "logs" / f"engine_{index}.log"
         self._rollout, self._dtype, self._max_model_len, self._seed = rollout, dtype, max_model_len, seed
@@ -88,7 +105,8 @@ class EngineServer:
     def url(self) -> str:
         if self._port is None:
             raise ValueError(f"engine {self.index} has no address before start()")
-        return f"http://{HOST}:{self._port}"
+        host = f"[{self._address}]" if ":" in self._address else self._address
+        return f"http://{host}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -99,9 +117,8 @@ class EngineServer:
         assert self._process is None, "start() of a server that was not stopped"
         self._port = self._choose_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = tempfile.mkdtemp(
-            prefix="dapo_engine_"
-        )  # for the sockets that vLLM leaves behind when it is killed
+        # for the sockets that vLLM leaves behind when it is killed
+        self._scratch = tempfile.mkdtemp(prefix="dapo_engine_")
         command = [sys.executable, "-c", BOOTSTRAP, str(os.getpid()), *self.arguments(self._port)]
         with open(self.log_path, "ab") as log:
             self._log_start = log.tell()
@@ -134,28 +151,7 @@ class EngineServer:
 
     async def wait_healthy(self, timeout: float) -> None:
         """Return when /health answers 200. EngineDied or EngineStartTimeout, both with the end of the log."""
-        deadline = time.monotonic() + timeout
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
-            while True:
-                if (code := self.poll()) is not None:
-                    raise EngineDied(
-                        f"engine {self.index} ended with exit code {code} before it was "
-                        f"healthy.\n{self.log_tail()}"
-                    )
-                try:
-                    async with session.get(f"{self.url}/health") as response:
-                        if response.status == 200:
-                            return
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    if out_of_files(error):
-                        raise UserError(OUT_OF_FILES) from error
-                if time.monotonic() > deadline:
-                    raise EngineStartTimeout(
-                        f"engine {self.index} was not healthy after {timeout:g} s; raise "
-                        f"rollout.start_timeout_s if it is still "
-                        f"loading.\n{self.log_tail()}"
-                    )
-                await asyncio.sleep(0.2)
+        await until_healthy(self, timeout)
 
     def stop(self) -> None:
         """End the server and everything it started; does nothing when it is not running."""
@@ -188,7 +184,7 @@ class EngineServer:
         arguments = [
             *("-m", "vllm.entrypoints.openai.api_server"),
             *("--model", self.model),
-            *("--host", HOST),
+            *("--host", self._address),
             *("--port", str(port)),
             *("--dtype", DTYPES[self._dtype]),
             *("--seed", str(self._seed)),
@@ -197,6 +193,7 @@ class EngineServer:
             *("--tensor-parallel-size", str(rollout.tensor_parallel)),
             *("--middleware", "megatron_dapo.rollout.middleware.RunToken"),
             *("--weight-transfer-config", json.dumps({"backend": PLUGIN})),
+            *("--worker-extension-cls", WORKER_EXTENSION),
             *("--logprobs-mode", "processed_logprobs"),
             *("--uvicorn-log-level", "warning"),
             "--enable-scale-out",  # /inference/v1/generate
@@ -208,6 +205,8 @@ class EngineServer:
             # A prompt prefilled in parts makes vLLM rewind the request's generator, which only CUDA's can:
             # with a seed on CPU that ends the engine.
             arguments += ["--enforce-eager", "--no-enable-chunked-prefill"]
+            if rollout.tensor_parallel == 1:
+                arguments += ["--distributed-executor-backend", WORKER_IN_ENGINE_CORE]
         else:
             arguments += ["--enable-sleep-mode", "--gpu-memory-utilization", str(rollout.memory_utilization)]
         if self._extra_env.get(DIGEST_VARIABLE):
@@ -227,6 +226,9 @@ class EngineServer:
             "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # s; the client closes idle connections first
+            # The server's processes talk among themselves; the ranks' interface is that to other hosts.
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_HOST_IP": LOOPBACK,
         }
         if Path(self.model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
@@ -251,9 +253,9 @@ class EngineServer:
         return environment | self._extra_env
 
     def _devices(self) -> str:
-        """Engine i takes the i-th run of tensor_parallel GPUs among the visible ones."""
+        """The i-th engine of a host takes the i-th run of tensor_parallel GPUs among the visible ones."""
         size, count = self._rollout.tensor_parallel, self._rollout.engines
-        first = self.index * size
+        first = self._slot * size
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(first + size)]
         if len(names) < first + size:
@@ -266,8 +268,44 @@ class EngineServer:
 
     def _choose_port(self) -> int:
         if self._rollout.base_port is None:
-            return _free_port()
-        return checked_port(self._rollout.base_port, self.index)
+            return _free_port(self._address)
+        return checked_port(self._rollout.base_port, self.index, self._address)
+
+
+class Started(Protocol):
+    """A server that was started: an EngineServer, or one on another host (hosts.py)."""
+
+    index: int
+
+    @property
+    def url(self) -> str: ...
+    def poll(self) -> int | None: ...
+    def log_tail(self) -> str: ...
+
+
+async def until_healthy(server: Started, timeout: float) -> None:
+    """Return when /health answers 200. EngineDied or EngineStartTimeout, both with the end of the log."""
+    deadline = time.monotonic() + timeout
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+        while True:
+            if (code := server.poll()) is not None:
+                raise EngineDied(
+                    f"engine {server.index} ended with exit code {code} before it was healthy.\n"
+                    f"{server.log_tail()}"
+                )
+            try:
+                async with session.get(f"{server.url}/health") as response:
+                    if response.status == 200:
+                        return
+            except (aiohttp.ClientError, TimeoutError) as error:
+                if out_of_files(error):
+                    raise UserError(OUT_OF_FILES) from error
+            if time.monotonic() > deadline:
+                raise EngineStartTimeout(
+                    f"engine {server.index} was not healthy after {timeout:g} s; raise "
+                    f"rollout.start_timeout_s if it is still loading.\n{server.log_tail()}"
+                )
+            await asyncio.sleep(0.2)
 
 
 def digest_folder(config: RunConfig) -> Path:
@@ -275,9 +313,18 @@ def digest_folder(config: RunConfig) -> Path:
     return Path(config.run.dir).resolve() / "digests"
 
 
-def make_server(config: RunConfig, index: int, folder: Path, token: str, *, digests: str) -> EngineServer:
-    """The server that `config` describes, on the model in `folder`. With run.verify_sync it writes digests of
-    its parameters into the run's `digests/<digests>`.
+def make_server(
+    config: RunConfig,
+    index: int,
+    folder: Path,
+    token: str,
+    *,
+    digests: str,
+    slot: int | None = None,
+    address: str = LOOPBACK,
+) -> EngineServer:
+    """The server that `config` describes, on the model in `folder` (EngineServer). With run.verify_sync it
+    writes digests of its parameters into the run's `digests/<digests>`.
     """
     extra = {DIGEST_VARIABLE: str(digest_folder(config) / digests)} if config.run.verify_sync else None
     return EngineServer(
@@ -290,6 +337,8 @@ def make_server(config: RunConfig, index: int, folder: Path, token: str, *, dige
         token,
         config.run.seed,
         extra,
+        slot=slot,
+        address=address,
     )
 
 
@@ -298,13 +347,13 @@ def _ended(pid: int) -> os.waitid_result | None:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
-def checked_port(base_port: int, index: int) -> int:
+def checked_port(base_port: int, index: int, address: str = LOOPBACK) -> int:
     """The fixed port of engine `index`; UserError when it cannot be used."""
     port = base_port + index
-    with socket.socket() as probe:
+    with _probe(address) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((address, port))
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"rollout.base_port={base_port}: port {port} for engine {index} cannot be used "
@@ -329,15 +378,19 @@ def _group_is_alive(group: int) -> bool:
 _given_ports: set[int] = set()
 
 
-def _free_port() -> int:
+def _free_port(address: str = LOOPBACK) -> int:
     """A port nobody listens on, not given out by this process before (servers bind seconds later)."""
     while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
+        with _probe(address) as probe:
+            probe.bind((address, 0))
             port = probe.getsockname()[1]
         if port not in _given_ports:
             _given_ports.add(port)
             return port
+
+
+def _probe(address: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
 
 
 def vllm_device() -> Literal["cpu", "cuda"]:

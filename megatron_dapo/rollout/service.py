@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import secrets
+import socket
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.client import EngineClient, file_descriptors_needed
 from megatron_dapo.rollout.files import raise_file_limit
 from megatron_dapo.rollout.fleet import ENGINE_ERRORS, EngineFailure, Fleet
+from megatron_dapo.rollout.hosts import RemoteServer, Store
 from megatron_dapo.rollout.replica import Replica
 from megatron_dapo.rollout.rollouts import Prompts, Rollouts
 from megatron_dapo.rollout.sample import EvaluationSampling, Grading
@@ -38,8 +40,9 @@ class RolloutService:
     grading: turns completions into groups. progress: called with (accepted groups, groups of a step).
     message: called with a sentence for the console. watch: called every WATCH_S with the states of the
     engines and the sequences that each runs, by name, and the number of requests that wait for room. All are
-    called on the service's own thread. fleet: the engines; made from the configuration unless a test hands
-    one in.
+    called on the service's own thread. hosts: by name, those that run engines, ours first (none: ours alone);
+    store: through which the others hear of them (hosts.py). fleet: the engines; made from the configuration
+    unless a test hands one in.
     """
 
     def __init__(
@@ -53,11 +56,19 @@ class RolloutService:
         progress: Callable[[int, int], None] = lambda done, total: None,
         message: Callable[[str], None] = print,
         watch: Watch = lambda states, running, waiting: None,
+        hosts: Sequence[str] = (),
+        store: Store | None = None,
         fleet: Fleet | None = None,
     ) -> None:
         self._config, self._watch = config, watch
+        self._hosts = list(dict.fromkeys(hosts)) or [socket.gethostname()]
         self._token = secrets.token_urlsafe(16)
-        self.fleet = fleet or _make_fleet(config, folder, self._token, message)
+        self.fleet = fleet or Fleet(
+            config.rollout,
+            _make_replicas(config, folder, self._token, self._hosts, store),
+            self._connect,
+            message=message,
+        )
         self.rollouts = Rollouts(
             config,
             fleet=self.fleet,
@@ -76,7 +87,7 @@ class RolloutService:
         """Start the thread and the servers; they are up after `wait_ready`. UserError if too few files may be
         opened.
         """
-        raise_file_limit(file_descriptors_needed(self._config.rollout))
+        raise_file_limit(file_descriptors_needed(self._config.rollout, len(self._hosts)))
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout", daemon=True)
         self._thread.start()
         self._run(self._start())
@@ -161,11 +172,20 @@ class RolloutService:
         """Names of the replicas that are healthy now."""
         return self._run(self.fleet.push_targets())
 
-    def call(
-        self, names: Collection[str], what: Callable[[EngineClient], Awaitable[None]]
-    ) -> dict[str, BaseException | None]:
-        """Run `what` on the clients of these replicas at once; the error of each or None. Never raises."""
-        return self._run(self.fleet.call(names, what))
+    def where(self, name: str) -> tuple[str, int]:
+        """The host of the replica, and the number of its first device there."""
+        [index] = [i for i, replica in enumerate(self.fleet.replicas) if replica.name == name]
+        host, slot = divmod(index, self._config.rollout.engines)
+        return self._hosts[host], slot * self._config.rollout.tensor_parallel
+
+    def begin_call(
+        self, names: Collection[str], what: Callable[[str, EngineClient], Awaitable[Any]]
+    ) -> Callable[[], dict[str, Any]]:
+        """Run `what(name, client)` for these replicas at once. Calling what is returned waits for the result,
+        or the error, of each; it never raises one.
+        """
+        future = self._begin(self.fleet.call(names, what))
+        return lambda: self._wait(future)
 
     def set_ready(self, name: str, version: int) -> None:
         """The replica holds this version now, and takes requests after `resume`."""
@@ -182,14 +202,14 @@ class RolloutService:
         digests of what it loaded into `fresh` of the folder that this returns, beside those of the engines.
         EngineFailure when it does not start.
         """
-        index = len(self.fleet.replicas)
+        index, slot = len(self.fleet.replicas), self._config.rollout.engines
 
         async def load() -> None:
             failure: BaseException | None = None
             for _ in range(
                 2
             ):  # a port that was free may be taken before the server has it; a new one is chosen
-                server = make_server(self._config, index, export, self._token, digests="fresh")
+                server = make_server(self._config, index, export, self._token, digests="fresh", slot=slot)
                 server.start()
                 try:
                     return await server.wait_healthy(self._config.rollout.start_timeout_s)
@@ -206,6 +226,10 @@ class RolloutService:
 
     # --- the loop
 
+    def _connect(self, server: EngineServer | RemoteServer) -> EngineClient:
+        limit_s = self._config.rollout.progress_timeout_s
+        return EngineClient(server.url, self._token, progress_timeout_s=limit_s)
+
     async def _start(self) -> None:
         await self.rollouts.start()
         self._watching = asyncio.create_task(self._tell())
@@ -219,10 +243,15 @@ class RolloutService:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the service's loop and wait for it."""
+        return self._wait(self._begin(work))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         if self._loop.is_closed() or not self._loop.is_running() and self._thread is None:
             work.close()
             raise RuntimeError("the rollout service is not started, or closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _wait(self, future: concurrent.futures.Future[T]) -> T:
         while not concurrent.futures.wait([future], timeout=SIGNAL_POLL_S).done:
             pass  # a signal that another thread received is handled here, in the main thread
         return future.result()
@@ -235,20 +264,20 @@ class RolloutService:
         await asyncio.get_running_loop().shutdown_default_executor()
 
 
-def _make_fleet(config: RunConfig, folder: Path, token: str, message: Callable[[str], None]) -> Fleet:
-    """Replicas engine_0, engine_1, ... of servers on the model in `folder`."""
+def _make_replicas(
+    config: RunConfig, folder: Path, token: str, hosts: Sequence[str], store: Store | None
+) -> list[Replica]:
+    """engine_0, engine_1, ..., rollout.engines for each host; here on the model in `folder`."""
 
-    def connect(server: EngineServer) -> EngineClient:
-        return EngineClient(server.url, token, progress_timeout_s=config.rollout.progress_timeout_s)
+    def make(index: int) -> EngineServer | RemoteServer:
+        host = hosts[index // config.rollout.engines]
+        if host == hosts[0]:
+            return make_server(config, index, folder, token, digests=f"engine_{index}")
+        assert store is not None, "engines of other hosts need a store"
+        return RemoteServer(store, index, host, token)
 
-    replicas = [
-        Replica(
-            name=f"engine_{index}",
-            server=make_server(config, index, folder, token, digests=f"engine_{index}"),
-        )
-        for index in range(config.rollout.engines)
-    ]
-    return Fleet(config.rollout, replicas, connect, message=message)
+    count = len(hosts) * config.rollout.engines
+    return [Replica(name=f"engine_{index}", server=make(index)) for index in range(count)]
 
 
 async def _soon(act: Callable[[], None]) -> None:

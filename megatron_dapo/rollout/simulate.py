@@ -206,19 +206,19 @@ class Simulation:
         """The calls of sync/publish.py in its order: a replica that fails gets nothing more of this push."""
         await self.rollouts.pause()
         names = await self.fleet.push_targets()
-        names = await self._on_all(names, "begin", lambda client: client.start_weight_update())
+        names = await self._on_all(names, "begin", lambda _, client: client.start_weight_update())
         for _ in range(PUSH_CHUNKS):
-            names = await self._on_all(names, "send", lambda client: client.update_weights({}))
+            names = await self._on_all(names, "send", lambda _, client: client.update_weights([]))
 
         finished = await self._on_all(
-            names, "commit", lambda client: client.finish_weight_update(str(version))
+            names, "commit", lambda _, client: client.finish_weight_update(str(version))
         )
         for name in finished:
             self.fleet.set_ready(name, version)
         await self.rollouts.resume()
 
     async def _on_all(
-        self, names: list[str], phase: str, what: Callable[[Any], Awaitable[None]]
+        self, names: list[str], phase: str, what: Callable[[str, Any], Awaitable[None]]
     ) -> list[str]:
         """Make a call on these replicas; the names of those that answered."""
         errors = await self.fleet.call(names, what)

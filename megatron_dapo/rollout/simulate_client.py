@@ -205,7 +205,7 @@ class SimulatedClient:
     async def start_weight_update(self) -> None:
         await self._work(BEGIN)
 
-    async def update_weights(self, info: dict[str, Any]) -> None:
+    async def update_weights(self, info: list[dict[str, Any]]) -> None:
         await self._work(SEND / PUSH_CHUNKS)
 
     async def finish_weight_update(self, version: str) -> None:

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint in chunks of bounded size, and which part of each chunk this rank holds.
 
-Publishing and exporting both walk over the weights chunk by chunk, in the order of the checkpoint, the same
-on every rank, so that no process ever holds the whole model.
+An export walks over the weights chunk by chunk, in the order of the checkpoint, the same on every rank, so
+that no process ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_dapo.sync.manifest import Entry
 from megatron_dapo.weights.slices import Shard, Slice
 
 CHUNK_BYTES = 1 << 30
-ALIGNMENT = 64  # bytes; vectorised copies are faster from addresses that are multiples of it
+Shapes = Mapping[str, tuple[int, ...]]  # by name of the Hugging Face tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,25 +34,25 @@ def region(tensors: Mapping[str, torch.Tensor], part: Slice) -> torch.Tensor:
     return tensors[part.hf].narrow(part.dim, part.hf_start, part.size)
 
 
-def cut(shapes: Mapping[str, tuple[int, ...]], item_size: int, chunk_bytes: int) -> list[tuple[Entry, ...]]:
+def cut(shapes: Shapes, item_size: int, chunk_bytes: int) -> list[Shapes]:
     """The tensors in their order, in chunks of at most `chunk_bytes`; a tensor that is larger makes a chunk
     alone.
     """
-    chunks: list[list[Entry]] = [[]]
-    offset = 0
+    chunks: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * item_size
-        if chunks[-1] and offset + size > chunk_bytes:
-            chunks.append([])
-            offset = 0
-        chunks[-1].append(Entry(name=name, shape=shape, offset=offset))
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
-    return [tuple(chunk) for chunk in chunks]
+        if chunks[-1] and used + size > chunk_bytes:
+            chunks.append({})
+            used = 0
+        chunks[-1][name] = shape
+        used += size
+    return list(chunks)
 
 
-def parts_by_chunk(chunks: Sequence[Sequence[Entry]], shards: Sequence[Shard]) -> list[list[Part]]:
+def parts_by_chunk(chunks: Sequence[Shapes], shards: Sequence[Shard]) -> list[list[Part]]:
     """What this rank contributes to each chunk."""
-    number_of = {entry.name: number for number, chunk in enumerate(chunks) for entry in chunk}
+    number_of = {name: number for number, chunk in enumerate(chunks) for name in chunk}
     parts: list[list[Part]] = [[] for _ in chunks]
     for shard in shards:
         for part in shard.slices:

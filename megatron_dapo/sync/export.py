@@ -56,9 +56,9 @@ def export(
         if writer:
             _check_coverage(shapes, slices_by_rank)
             writer.start()
-    for number, entries in enumerate(plan):
+    for number, chunk in enumerate(plan):
         if writer:
-            tensors = {entry.name: torch.empty(entry.shape, dtype=hf.DTYPES[dtype]) for entry in entries}
+            tensors = {name: torch.empty(shape, dtype=hf.DTYPES[dtype]) for name, shape in chunk.items()}
             _fill(tensors, parts[number])
             for sender in range(1, len(slices_by_rank)):
                 _receive(tensors, slices_by_rank[sender][number], sender, control)

@@ -1,4 +1,5 @@
-"""One weight push: begin on every replica, send every chunk, commit. A replica that fails is left behind.
+"""One weight push: begin on every replica, send every worker its chunks, commit. A replica that fails is left
+behind.
 
 The rollout wing knows the replicas; this file knows the order of the calls and what a failure means. A
 replica that fails in any phase may hold a mixture of weights, so it gets nothing more of this push and is
@@ -7,13 +8,28 @@ handed back with `set_failed`, upon which the rollout wing restarts it; the othe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch.distributed as dist
+
+from megatron_dapo.config import RunConfig
+from megatron_dapo.errors import UserError
+from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.sync.exchange import Exchange
 from megatron_dapo.sync.manifest import Manifest
-from megatron_dapo.sync.transport import Transport
+from megatron_dapo.sync.plan import Worker
+from megatron_dapo.sync.sink_checks import problems
+from megatron_dapo.sync.sinks import SinkTable
+from megatron_dapo.sync.sources import LocalWeights, holdings
+from megatron_dapo.weights.hf import DTYPES
+from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard
+
+Shapes = Mapping[str, tuple[int, ...]]
+Verify = Literal["never", "first"] | int
+PROBLEMS_SHOWN = 5
 
 Phase = Literal["begin", "send", "commit"]
 WHILE = {
@@ -26,11 +42,16 @@ WHILE = {
 class Client(Protocol):
     """The calls on one replica that a push consists of (rollout/client.py)."""
 
+    async def sink_tables(self, shapes: Shapes, dtype: str) -> list[Any]: ...
+
     async def start_weight_update(self) -> None: ...
 
-    async def update_weights(self, info: dict[str, Any]) -> None: ...
+    async def update_weights(self, info: list[dict[str, Any]]) -> None: ...
 
     async def finish_weight_update(self, version: str) -> None: ...
+
+
+Call = Callable[[str, Any], Awaitable[Any]]  # of a replica's name and its Client
 
 
 class Replicas(Protocol):
@@ -40,10 +61,14 @@ class Replicas(Protocol):
         """The replicas that are alive."""
         ...
 
-    def call(
-        self, names: Sequence[str], what: Callable[[Any], Awaitable[None]]
-    ) -> dict[str, BaseException | None]:
-        """Await `what(client)` on all of them at once. One error, or None, for each; never raises."""
+    def where(self, name: str) -> tuple[str, int]:
+        """The replica's host, and the number of its first device there."""
+        ...
+
+    def begin_call(self, names: Sequence[str], what: Call) -> Callable[[], dict[str, Any]]:
+        """Await `what(name, client)` on all of them at once. What is returned waits for the result, or the
+        error, of each; neither raises.
+        """
         ...
 
     def set_ready(self, name: str, version: int) -> None: ...
@@ -77,26 +102,99 @@ class PublishReport:
 
 
 class Publisher:
-    """Pushes the policy's weights to all replicas over one transport."""
+    """Pushes the policy's weights to all replicas.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    share(value): rank 0's value on every rank. shapes: of the checkpoint's tensors. dtype: of the policy's
+    weights, as in torch without "torch.". verify: which pushes are checked byte by byte: none, the first, or
+    every n-th.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        share: Callable[[Any], Any],
+        *,
+        shapes: Shapes,
+        dtype: str,
+        verify: Verify = "first",
+    ) -> None:
+        self._exchange, self._share = exchange, share
+        self._shapes, self._dtype, self._verify = shapes, dtype, verify
+        self._tables: dict[str, list[SinkTable]] = {}  # rank 0: of every replica that was ever reached
+        self._reached: dict[str, Client] = {}  # rank 0: who has told its tables; a restarted replica is new
+        self._workers: list[Worker] = []  # all ranks: of the same replicas
+        self._num_pushes = 0
 
     def publish(self, shards: Sequence[Shard], version: int, replicas: Replicas | None) -> PublishReport:
         """Collective: every rank brings its shards; the one that has `replicas` speaks to them.
 
-        Whatever becomes of the replicas, every rank walks through all chunks. What the rollout wing itself
-        raises (a mistake of ours) is raised after that.
+        Whatever becomes of the replicas, every rank walks through all rounds. What the rollout wing itself
+        raises (a mistake of ours) is raised after that. UserError, on all ranks, when an engine's loaders do
+        not take the checkpoint as they should.
         """
         push = _Push(replicas, version) if replicas is not None else None
-        if push:
-            push.begin()
-        for manifest in self._transport.chunks(shards, version):
+        workers, engines = self._agree(lambda: self._begin(push) if push else (None, []))
+        if workers is not None:
+            self._workers = workers
+        self._exchange.set_workers(self._workers)
+        verify, self._num_pushes = self._verifies(), self._num_pushes + 1
+        for chunks in self._exchange.rounds(LocalWeights(shards), version, engines=engines, verify=verify):
             if push:
-                push.send(manifest)
+                push.send(chunks)
         if push:
             push.commit()
         return push.report() if push else PublishReport(version=version)
+
+    def _verifies(self) -> bool:
+        """Whether this push is checked."""
+        if isinstance(self._verify, str):
+            return self._verify == "first" and self._num_pushes == 0
+        return self._num_pushes % self._verify == 0
+
+    def _agree(self, decide: Callable[[], Any]) -> Any:
+        """Rank 0's decision, or its UserError, on every rank."""
+        decision, failure = None, ""
+        try:
+            decision = decide()
+        except UserError as error:
+            failure = str(error)
+        decision, failure = self._share((decision, failure))
+        if failure:
+            raise UserError(failure)
+        return decision
+
+    def _begin(self, push: _Push) -> tuple[list[Worker] | None, list[str]]:
+        """Rank 0: all workers, or None if they are known; and the replicas that take part."""
+        known = {table.digest: table for tables in self._tables.values() for table in tables}
+        found = push.tables_of_new(self._reached, self._shapes, self._dtype)
+        for name, tables in found.items():
+            if tables != self._tables.get(name):
+                _check(name, tables, self._shapes)
+        self._tables |= {name: [known.setdefault(t.digest, t) for t in found[name]] for name in found}
+        push.begin()
+        return push.workers(self._tables) if found else None, push.following
+
+
+def make_publisher(
+    config: RunConfig, model: ModelSpec, rank: int, hosts: Sequence[str], control: Any
+) -> Publisher:
+    """Of a run. hosts: by rank, the name of its host. control: a gloo group of all ranks."""
+
+    def share(value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=control)
+        return values[0]
+
+    dtype = str(DTYPES[config.model.dtype]).removeprefix("torch.")
+    exchange = Exchange(
+        rank=rank,
+        control=control,
+        hosts=hosts,
+        held=holdings(model, config.layout.to_layout()),
+        chunk_bytes=config.sync.chunk_bytes,
+        dtype=dtype,
+    )
+    return Publisher(exchange, share, shapes=hf_shapes(model), dtype=dtype, verify=config.sync.verify)
 
 
 class _Push:
@@ -104,50 +202,108 @@ class _Push:
 
     def __init__(self, replicas: Replicas, version: int) -> None:
         self._replicas, self._version = replicas, version
-        self._following: list[str] = []  # replicas that have answered every call so far
+        self.following: list[str] = []  # replicas that have answered every call so far
         self._failures: list[Failure] = []
         self._mistake: Exception | None = None  # what `replicas` raised though it must not
-
-    def begin(self) -> None:
+        self._answers: Callable[[], None] = lambda: None  # waits for the calls that are under way
         try:
-            self._following = list(self._replicas.push_targets())
+            self.following = list(replicas.push_targets())
         except Exception as error:
             self._mistake = error
-        self._on_all("begin", lambda client: client.start_weight_update())
 
-    def send(self, manifest: Manifest) -> None:
-        info = manifest.to_json()
-        self._on_all("send", lambda client: client.update_weights(info))
+    def tables_of_new(
+        self, reached: dict[str, Client], shapes: Shapes, dtype: str
+    ) -> dict[str, list[SinkTable]]:
+        """The sink tables of the workers of replicas that have not told theirs, which are then `reached`."""
+        found: dict[str, list[SinkTable]] = {}
+
+        async def ask(name: str, client: Client) -> None:
+            if reached.get(name) is not client:
+                answers = await client.sink_tables(shapes, dtype)
+                found[name] = [SinkTable.from_json(answer) for answer in answers]
+                reached[name] = client
+
+        self._on_all("begin", ask)
+        return {name: found[name] for name in self.following if name in found}
+
+    def workers(self, tables: Mapping[str, Sequence[SinkTable]]) -> list[Worker]:
+        """Of all replicas that have tables."""
+        workers = []
+        for name, of_replica in tables.items():
+            host, device = self._replicas.where(name)
+            workers += [
+                Worker(engine=name, rank=rank, host=host, device=device + rank, table=table)
+                for rank, table in enumerate(of_replica)
+            ]
+        return workers
+
+    def begin(self) -> None:
+        self._on_all("begin", lambda name, client: client.start_weight_update())
+
+    def send(self, chunks: Mapping[str, Sequence[Manifest]]) -> None:
+        """Hand over a round, and return while the engines load it: what the round before it has come to is
+        known by then.
+        """
+        self._answers()
+        infos = {name: [manifest.to_json() for manifest in manifests] for name, manifests in chunks.items()}
+        self._answers = self._begin_on_all("send", lambda name, client: client.update_weights(infos[name]))
 
     def commit(self) -> None:
         """The new weights count. Cached prefixes of the old ones are the rollout wing's matter, which empties
         the cache when it pauses, or salts what it asks for by the version.
         """
-        self._on_all("commit", lambda client: client.finish_weight_update(str(self._version)))
+        self._answers()
+        self._on_all("commit", lambda name, client: client.finish_weight_update(str(self._version)))
 
     def report(self) -> PublishReport:
         if self._mistake is not None:
             raise self._mistake
-        for name in self._following:
+        for name in self.following:
             self._replicas.set_ready(name, self._version)
         return PublishReport(
-            version=self._version, committed=tuple(self._following), failures=tuple(self._failures)
+            version=self._version, committed=tuple(self.following), failures=tuple(self._failures)
         )
 
-    def _on_all(self, phase: Phase, what: Callable[[Any], Awaitable[None]]) -> None:
-        """Make a call on every replica that still follows; who fails follows no longer."""
-        if self._mistake is not None or not self._following:
-            return
+    def _on_all(self, phase: Phase, what: Call, names: Sequence[str] | None = None) -> None:
+        self._begin_on_all(phase, what, names)()
+
+    def _begin_on_all(
+        self, phase: Phase, what: Call, names: Sequence[str] | None = None
+    ) -> Callable[[], None]:
+        """Begin a call on every replica that still follows, or on `names` of them. Calling the result waits
+        for the answers; who failed follows no longer.
+        """
+        asked = list(self.following if names is None else names)
+        if self._mistake is not None or not asked:
+            return lambda: None
         try:
-            asked = self._following
-            errors = self._replicas.call(asked, what)
-            self._following = [name for name in asked if errors[name] is None]
-            for name in asked:
-                if (error := errors[name]) is not None:
-                    self._failures.append(_failure(name, phase, error))
-                    self._replicas.set_failed(name, phase, error)
+            wait = self._replicas.begin_call(asked, what)
         except Exception as error:
             self._mistake = error
+            return lambda: None
+
+        def answers() -> None:
+            try:
+                results = wait()
+                for name in asked:
+                    if isinstance(error := results[name], BaseException):
+                        self.following.remove(name)
+                        self._failures.append(_failure(name, phase, error))
+                        self._replicas.set_failed(name, phase, error)
+            except Exception as error:
+                self._mistake = error
+
+        return answers
+
+
+def _check(name: str, tables: Sequence[SinkTable], shapes: Shapes) -> None:
+    """UserError unless the replica's loaders take every element of the checkpoint to its place."""
+    if wrong := problems(tables, shapes):
+        more = f"; and {len(wrong) - PROBLEMS_SHOWN} more" if len(wrong) > PROBLEMS_SHOWN else ""
+        raise UserError(
+            f"{name} would not take the weights as the checkpoint has them: "
+            f"{'; '.join(wrong[:PROBLEMS_SHOWN])}{more}"
+        )
 
 
 def _failure(name: str, phase: Phase, error: BaseException) -> Failure:

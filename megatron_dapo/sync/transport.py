@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from megatron_dapo.sync.manifest import Manifest
-from megatron_dapo.weights.slices import Shard
+from megatron_dapo.sync.plan import Worker
+from megatron_dapo.sync.sources import LocalWeights
 
 
 class Transport(Protocol):
-    """Puts the weights, chunk by chunk, where the engines can take them from."""
+    """Puts the weights, round by round, where the engines can take them from. Everything is collective."""
 
-    def chunks(self, shards: Sequence[Shard], version: int) -> Iterator[Manifest]:
-        """One manifest per chunk, ready to be sent. `shards` is what this rank contributes.
+    def set_workers(self, workers: Sequence[Worker]) -> None:
+        """The workers of all engines from now on, the same on every rank. Nothing happens when they are the
+        ones from before. When rank 0 calls this the engines have answered every round of the last push.
+        """
+        ...
 
-        Collective: every rank walks through all chunks, whether or not it sends the manifests. A chunk may be
-        overwritten as soon as the next one is asked for, so the engines must have answered by then.
+    def rounds(
+        self, weights: LocalWeights, version: int, *, engines: Collection[str], verify: bool
+    ) -> Iterator[Mapping[str, list[Manifest]]]:
+        """One item per round: on rank 0 for each of `engines` what its workers read, by Worker.rank; nothing
+        on the other ranks. `weights`: the parameters of this rank. `verify`: with checksums.
+
+        Every rank walks through all rounds, with the same `engines`. Two rounds lie ready at a time: when
+        rank 0 asks for another one, the engines must have answered the one before the last; when it begins
+        another push, all.
         """
         ...

@@ -316,7 +316,7 @@ async def test_a_call_gives_the_error_of_each_and_raises_none():
     fleet = await engines.started()
     fleet.set_failed("engine_2", "begin", TimeoutError("late"))
 
-    async def what(client: FakeClient) -> None:
+    async def what(name: str, client: FakeClient) -> None:
         if client is engines.client(1):
             raise TimeoutError("too late")
 

@@ -101,6 +101,12 @@ def test_the_token_is_not_on_the_command_line(tmp_path):
     assert "--load-format" in make_server(tmp_path, extra_env={DIGEST_VARIABLE: "folder"}).arguments(8000)
 
 
+@pytest.mark.parametrize(("tp", "device", "alone"), [(1, "cpu", True), (2, "cpu", False), (1, "cuda", False)])
+def test_a_lone_cpu_worker_has_no_process_of_its_own(tmp_path, tp, device, alone):
+    arguments = make_server(tmp_path, device=device, tensor_parallel=tp).arguments(8000)
+    assert ("--distributed-executor-backend" in arguments) == alone
+
+
 @pytest.mark.parametrize(
     ("visible", "index", "expected"),
     [(None, 0, "0,1"), (None, 1, "2,3"), ("4,5,6,7", 1, "6,7"), ("GPU-a,GPU-b", 0, "GPU-a,GPU-b")],

@@ -96,13 +96,13 @@ def test_a_replica_that_fails_in_a_push_is_left_behind_and_restarted(services, p
 
     setattr(engines.client(0), phase, dies)
 
-    async def push_to(client: FakeClient) -> None:
+    async def push_to(name: str, client: FakeClient) -> None:
         await client.start_weight_update()
-        await client.update_weights({})
+        await client.update_weights([])
         await client.finish_weight_update("1")
 
     with service.paused() as replicas:
-        errors = replicas.call(replicas.push_targets(), push_to)
+        errors = replicas.begin_call(replicas.push_targets(), push_to)()
         assert isinstance(errors["engine_0"], EngineDied) and errors["engine_1"] is None
         replicas.set_failed("engine_0", phase, errors["engine_0"])
         replicas.set_ready("engine_1", 1)

@@ -235,7 +235,7 @@ class FakeClient:
     async def start_weight_update(self) -> None:
         await asyncio.sleep(0)
 
-    async def update_weights(self, info: dict[str, Any]) -> None:
+    async def update_weights(self, info: list[dict[str, Any]]) -> None:
         await asyncio.sleep(0)
 
     async def finish_weight_update(self, version: str) -> None:

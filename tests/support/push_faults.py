@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from megatron_dapo.sync.vllm.extension import WorkerExtension
 
 from megatron_dapo.environment import ENGINE_VARIABLE
 from megatron_dapo.sync.vllm.receiver import WeightReceiver
@@ -22,7 +23,7 @@ VARIABLE = "DAPO_TEST_PUSH_FAULT"
 METHODS = {"begin": "start_weight_update", "send": "receive_weights", "commit": "finish_weight_update"}
 
 
-class Extension:
+class Extension(WorkerExtension):
     """Adds nothing to the worker: that it is imported there is enough."""
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dapo.sync.manifest import Manifest
+from megatron_dapo.sync.sinks import SinkTable
+
+HOST = "here"
 
 
 class EngineDied(RuntimeError):
@@ -16,18 +19,23 @@ class EngineDied(RuntimeError):
 
 @dataclass
 class Client:
-    """Notes what it is asked; raises `error` when asked for `fails_at`."""
+    """Notes what it is asked; raises `error` when asked for `fails_at`. tables: of its workers."""
 
     fails_at: str = ""
     error: BaseException | None = None
+    tables: Sequence[SinkTable] = ()
     calls: list[str] = field(default_factory=list)
+
+    async def sink_tables(self, shapes: Mapping[str, Sequence[int]], dtype: str) -> list[Any]:
+        self._note("tables")
+        return [table.to_json() for table in self.tables]
 
     async def start_weight_update(self) -> None:
         self._note("start")
 
-    async def update_weights(self, info: dict[str, Any]) -> None:
-        [entry] = Manifest.from_json(info).entries
-        self._note(f"update {entry.name} of {info['version']}")
+    async def update_weights(self, info: list[dict[str, Any]]) -> None:
+        manifests = [Manifest.from_json(of_worker) for of_worker in info]
+        self._note(f"update {[manifest.num_bytes for manifest in manifests]} of {manifests[0].version}")
 
     async def finish_weight_update(self, version: str) -> None:
         self._note(f"finish {version}")
@@ -50,14 +58,18 @@ class Fleet:
     def push_targets(self) -> list[str]:
         return list(self.targets)
 
-    def call(
-        self, names: Sequence[str], what: Callable[[Any], Awaitable[None]]
-    ) -> dict[str, BaseException | None]:
+    def where(self, name: str) -> tuple[str, int]:
+        return HOST, list(self.clients).index(name)
+
+    def begin_call(
+        self, names: Sequence[str], what: Callable[[str, Any], Awaitable[Any]]
+    ) -> Callable[[], dict[str, Any]]:
         async def on_all() -> list[Any]:
-            calls = (what(self.clients[name]) for name in names)
+            calls = (what(name, self.clients[name]) for name in names)
             return await asyncio.gather(*calls, return_exceptions=True)
 
-        return dict(zip(names, asyncio.run(on_all()), strict=True))
+        results = dict(zip(names, asyncio.run(on_all()), strict=True))
+        return lambda: results
 
     def set_ready(self, name: str, version: int) -> None:
         self.ready[name] = version

@@ -106,13 +106,13 @@ class Service(RolloutService):
     def push(self, version: int) -> list[str]:
         """What sync/publish.py does, without weights; the names that committed."""
 
-        async def push_to(client: FakeClient) -> None:
+        async def push_to(name: str, client: FakeClient) -> None:
             await client.start_weight_update()
             await client.finish_weight_update(str(version))
 
         with self.paused() as replicas:
             names = replicas.push_targets()
-            errors = replicas.call(names, push_to)
+            errors = replicas.begin_call(names, push_to)()
             for name in names:
                 if (error := errors[name]) is None:
                     replicas.set_ready(name, version)
@@ -176,7 +176,7 @@ class Core(Rollouts):
     async def push(self, version: int, fails: Mapping[str, Exception] | None = None) -> None:
         """What sync/publish.py does, without weights. `fails`: engines that fail in it."""
 
-        async def push_to(client: Any) -> None:
+        async def push_to(name: str, client: Any) -> None:
             await client.start_weight_update()
             await client.finish_weight_update(str(version))
 

@@ -1,11 +1,8 @@
-"""What ranks do in the tests of the sync wing (support/ranks.py starts them), with made-up weights."""
+"""What ranks do in the tests of the export (support/ranks.py starts them), with made-up weights."""
 
 from __future__ import annotations
 
-import json
-import mmap
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +14,9 @@ import torch.distributed as dist
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.sync.export import export
-from megatron_dapo.sync.manifest import Manifest
-from megatron_dapo.sync.publish import Publisher
-from megatron_dapo.sync.shm import SharedMemory
 from megatron_dapo.weights import hf
 from megatron_dapo.weights.slices import Shard
-from support.replicas import Client, EngineDied, Fleet
 from support.weights import make_shards, make_weights, small_model
-
-DELAY_S = 0.05  # long beside the copy of a small tensor
 
 
 def start() -> tuple[int, Any]:
@@ -42,88 +33,6 @@ def shards_of_rank(model: ModelSpec, dtype: str, tp: int, pp: int, seed: int = 0
     if rank >= tp * pp:
         return []
     return make_shards(model, make_weights(model, dtype, seed), rank=rank, tp=tp, pp=pp)
-
-
-def equal(tensors: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> bool:
-    return all(
-        tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name])
-        for name, tensor in tensors.items()
-    )
-
-
-def read(manifest: Manifest) -> dict[str, torch.Tensor]:
-    """The tensors of a chunk as another process reads them, by a manifest that came as JSON."""
-    manifest = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
-    with open(manifest.path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return {name: tensor.clone() for name, tensor in manifest.views(memory).items()}
-
-
-def walk(
-    changes: dict[str, Any], dtype: str, tp: int, pp: int, chunk_bytes: int
-) -> list[list[dict[str, Any]]]:
-    """Two pushes of different weights through one shared memory; what this rank read of each chunk.
-
-    The last rank is late with every chunk, and rank 0 looks twice at each, at the end of a delay.
-    """
-    rank, control = start()
-    model = small_model(**changes)
-    memory = SharedMemory(rank, control, model, dtype, chunk_bytes)
-    pushes = []
-    for version in (3, 4):
-        weights = make_weights(model, dtype, seed=version)
-        chunks = memory.chunks(shards_of_rank(model, dtype, tp, pp, seed=version), version)
-        seen = []
-        while True:
-            if rank == tp * pp - 1:
-                time.sleep(DELAY_S)
-            manifest = next(chunks, None)
-            if manifest is None:
-                break
-            first = equal(read(manifest), weights)
-            if rank == 0:
-                time.sleep(DELAY_S)
-            names = [entry.name for entry in manifest.entries]
-            seen.append(
-                {
-                    "version": manifest.version,
-                    "names": names,
-                    "equal": [first, equal(read(manifest), weights) if rank == 0 else first],
-                }
-            )
-        pushes.append(seen)
-    return pushes
-
-
-def push_while_one_replica_dies() -> dict[str, Any]:
-    """A push through real shared memory to three replicas in rank 0's process, of which `b` dies early."""
-    rank, control = start()
-    model = small_model()
-    weights = make_weights(model, "fp32")
-    received: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}, "c": {}}
-
-    class Reader(Client):
-        async def update_weights(self, info: dict[str, Any]) -> None:
-            tensors = read(Manifest.from_json(info))
-            await super().update_weights(info)
-            received[self.name] |= tensors
-
-    fleet = Fleet(a=Reader(), b=Reader(), c=Reader())
-    for name, client in fleet.clients.items():
-        client.name = name
-    fleet.clients["b"].fails_at = "update model.layers.0.self_attn.q_proj.weight"
-    fleet.clients["b"].error = EngineDied("gone")
-    shards = shards_of_rank(model, "fp32", tp=2, pp=2)
-    publisher = Publisher(SharedMemory(rank, control, model, "fp32", chunk_bytes=1))
-    report = publisher.publish(shards, 9, fleet if rank == 0 else None)
-    return {
-        "committed": report.committed,
-        "failures": [str(failure) for failure in report.failures],
-        "whole": [
-            name for name, got in received.items() if got.keys() == weights.keys() and equal(got, weights)
-        ],
-        "chunks_of_b": len(received["b"]),
-    }
 
 
 def write_checkpoints(cases: list[dict[str, Any]], source: str) -> None:

@@ -1,21 +1,30 @@
-"""A manifest survives JSON, gives views of the memory that it describes, and refuses what makes no sense."""
+"""A manifest survives JSON, and refuses what makes no sense."""
 
 from __future__ import annotations
 
 import json
-import struct
 from typing import Any
 
 import pytest
 
-from megatron_dapo.sync.manifest import FORMAT, Entry, Manifest
+from megatron_dapo.sync.manifest import FORMAT, Checksum, Manifest, Piece
 
-A = Entry(name="a", shape=(2, 3), offset=0)  # 24 bytes in fp32
-B = Entry(name="b", shape=(4,), offset=64)
+A = Piece(sink=3, source=None, start=(4, 0), size=(2, 3), offset=0)
+B = Piece(sink=None, source="b", start=(), size=(), offset=24)
+SUM = Checksum(offset=0, num_bytes=28, xxh3="0123456789abcdef")
 
 
 def make(**changed: Any) -> Manifest:
-    values: dict[str, Any] = dict(version=7, path="/proc/1/fd/3", dtype="fp32", entries=(A, B))
+    values: dict[str, Any] = dict(
+        version=7,
+        table="af09",
+        path="/proc/1/fd/3",
+        offset=4096,
+        num_bytes=28,
+        dtype_whole="bfloat16",
+        pieces=(A, B),
+        checksums=(SUM,),
+    )
     return Manifest(**(values | changed))
 
 
@@ -23,72 +32,95 @@ def as_json(**changed: Any) -> dict[str, Any]:
     return make().to_json() | changed
 
 
-def entry(**changed: Any) -> Entry:
-    return Entry(**({"name": "x", "shape": (2,), "offset": 128} | changed))
+def piece(**changed: Any) -> Piece:
+    return Piece(**({"sink": 1, "source": None, "start": (0,), "size": (2,), "offset": 8} | changed))
 
 
 def test_what_is_sent():
     assert make().to_json() == {
         "format": FORMAT,
         "version": 7,
+        "table": "af09",
         "path": "/proc/1/fd/3",
-        "dtype": "fp32",
-        "entries": [{"name": "a", "shape": [2, 3], "offset": 0}, {"name": "b", "shape": [4], "offset": 64}],
+        "offset": 4096,
+        "num_bytes": 28,
+        "dtype_whole": "bfloat16",
+        "pieces": [[3, [4, 0], [2, 3], 0], ["b", [], [], 24]],
+        "checksums": [[0, 28, "0123456789abcdef"]],
     }
 
 
-def test_what_is_received_is_what_was_sent():
-    manifest = make(dtype="bf16", entries=(A, B, entry(name="scalar", shape=())))
+@pytest.mark.parametrize("manifest", [make(), make(checksums=()), make(num_bytes=0, pieces=(), checksums=())])
+def test_what_is_received_is_what_was_sent(manifest):
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
-def test_views_share_the_memory():
-    memory = bytearray(64 + 16)
-    memory[0:24] = struct.pack("6f", *range(6))
-    views = make().views(memory)
-    assert views["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    views["b"][1] = 5.0
-    assert struct.unpack_from("4f", memory, 64) == (0, 5, 0, 0)
-    assert make().num_bytes == len(memory) and make(dtype="bf16").num_bytes == 64 + 8
-
-
-def test_neighbours_and_any_order_are_no_overlap():
-    make(entries=(entry(name="behind", offset=24), A))
+def test_checksums_of_several_messages():
+    parts = [Checksum(offset=at, num_bytes=n, xxh3="0" * 16) for at, n in ((0, 8), (8, 20))]
+    assert make(checksums=tuple(parts)).checksums[1].num_bytes == 20
+    for wrong, words in [
+        (parts[:1], r"Manifest\.checksums are of 8 of the chunk's 28 bytes"),
+        (parts[1:], r"Manifest\.checksums\[0\]\.offset=8, .* go on at byte 0"),
+        (parts[::-1], r"Manifest\.checksums\[0\]\.offset=8"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            make(checksums=tuple(wrong))
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"format": 2}, r"Manifest\.format=2 is unknown, this code reads 1.*same version of megatron_dapo"),
+        ({"format": 1}, r"Manifest\.format=1 is unknown, this code reads 2.*same version of megatron_dapo"),
         ({"format": True}, r"Manifest\.format=True"),
         ({"version": -1}, r"Manifest\.version=-1 must be an integer of at least 0"),
         ({"version": "7"}, r"Manifest\.version='7'"),
+        ({"table": ""}, r"Manifest\.table='' must be the digest"),
         ({"path": ""}, r"Manifest\.path=''"),
         ({"path": None}, r"Manifest\.path=None"),
-        ({"dtype": "fp16"}, r"Manifest\.dtype='fp16' is unknown; known: fp32, bf16"),
-        ({"dtype": []}, r"Manifest\.dtype=\[\]"),
-        ({"entries": (A, entry(name=""))}, r"Manifest\.entries\[1\]\.name=''"),
-        ({"entries": (entry(shape=(2, 0)),)}, r"Manifest\.entries\[0\]\.shape=\(2, 0\) of 'x'"),
-        ({"entries": (entry(shape=(-2,)),)}, r"Manifest\.entries\[0\]\.shape"),
-        ({"entries": (entry(shape=(2.0,)),)}, r"Manifest\.entries\[0\]\.shape"),
-        ({"entries": (A, entry(offset=-4))}, r"Manifest\.entries\[1\]\.offset=-4 of 'x'"),
-        ({"entries": (entry(offset=6),)}, r"offset=6 of 'x' .* multiple of the 4 bytes"),
-        ({"entries": (A, B, entry(name="a"))}, r"Manifest\.entries repeat the name 'a'"),
-        ({"entries": (A, entry(offset=20))}, r"overlap: 'x' has offset 20, where 'a' ends only at byte 24"),
-        ({"entries": (entry(offset=20), A)}, r"overlap: 'x' has offset 20"),
+        ({"offset": -1}, r"Manifest\.offset=-1"),
+        ({"num_bytes": 1.5}, r"Manifest\.num_bytes=1\.5"),
+        ({"dtype_whole": "bf16"}, r"Manifest\.dtype_whole='bf16' is no dtype of torch"),
+        ({"dtype_whole": []}, r"Manifest\.dtype_whole=\[\]"),
+        ({"pieces": (A, piece(sink=-1))}, r"Manifest\.pieces\[1\]\.sink=-1"),
+        ({"pieces": (piece(sink=True),)}, r"Manifest\.pieces\[0\]\.sink=True"),
+        ({"pieces": (piece(sink=None, source=""),)}, r"Manifest\.pieces\[0\]\.source=''"),
+        (
+            {"pieces": (piece(size=(0,)),)},
+            r"Manifest\.pieces\[0\]\.size=\(0,\) must be integers of at least 1",
+        ),
+        ({"pieces": (piece(size=(2.0,)),)}, r"Manifest\.pieces\[0\]\.size"),
+        ({"pieces": (piece(start=(-1,)),)}, r"Manifest\.pieces\[0\]\.start=\(-1,\)"),
+        ({"pieces": (piece(start=(0, 0)),)}, r"one for each dimension of size=\(2,\)"),
+        (
+            {"pieces": (piece(offset=28),)},
+            r"Manifest\.pieces\[0\]\.offset=28 must lie in the chunk of 28 bytes",
+        ),
+        ({"pieces": (piece(offset=-4),)}, r"Manifest\.pieces\[0\]\.offset=-4"),
+        (
+            {"checksums": (Checksum(offset=0, num_bytes=28, xxh3="0X"),)},
+            r"checksums\[0\]\.xxh3='0X' must be 16",
+        ),
+        ({"checksums": (Checksum(offset=0, num_bytes=-1, xxh3="0" * 16),)}, r"checksums\[0\].*num_bytes=-1"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_the_field(changed, words):
     with pytest.raises(ValueError, match=words):
         make(**changed)
-    if "entries" in changed:
-        changed = {
-            "entries": [
-                {"name": e.name, "shape": list(e.shape), "offset": e.offset} for e in changed["entries"]
-            ]
-        }
+    if pieces := changed.get("pieces"):
+        rows = [
+            [p.source if p.sink is None else p.sink, list(p.start), list(p.size), p.offset] for p in pieces
+        ]
+        changed = {"pieces": rows}
+    elif checksums := changed.get("checksums"):
+        changed = {"checksums": [[c.offset, c.num_bytes, c.xxh3] for c in checksums]}
     with pytest.raises(ValueError, match=words):
         Manifest.from_json(as_json(**changed))
+
+
+@pytest.mark.parametrize(("sink", "source"), [(1, "x"), (None, None)])
+def test_a_piece_is_of_a_sink_or_of_a_whole_tensor(sink, source):
+    with pytest.raises(ValueError, match=r"Manifest\.pieces\[0\]\.(sink=1 .* without a source|source=None)"):
+        make(pieces=(piece(sink=sink, source=source),))
 
 
 def without(field: str) -> dict[str, Any]:
@@ -104,10 +136,13 @@ def without(field: str) -> dict[str, Any]:
         (without("version"), "Manifest lacks the field 'version'"),
         (as_json(tensors=[]), "Manifest has the unknown field 'tensors'"),
         (without("path") | {"format": 9}, r"Manifest\.format=9"),  # first: other formats have other fields
-        (as_json(entries={}), r"Manifest\.entries must be a list"),
-        (as_json(entries=[["a", [2], 0]]), r"Manifest\.entries\[0\] must be an object"),
-        (as_json(entries=[{"name": "a", "shape": [2]}]), r"entries\[0\] lacks the field 'offset'"),
-        (as_json(entries=[{"name": "a", "shape": 2, "offset": 0}]), r"entries\[0\]\.shape must be a list"),
+        (as_json(pieces={}), r"Manifest\.pieces must be a list"),
+        (as_json(pieces=[{}]), r"Manifest\.pieces\[0\] must be a list of 4"),
+        (as_json(pieces=[[1, [0], [2]]]), r"Manifest\.pieces\[0\] must be a list of 4"),
+        (as_json(pieces=[[1, 0, [2], 0]]), r"Manifest\.pieces\[0\]\.start=0"),
+        (as_json(pieces=[[None, [0], [2], 0]]), r"Manifest\.pieces\[0\]\.source=None"),
+        (as_json(checksums=7), r"Manifest\.checksums must be a list, got 7"),
+        (as_json(checksums=[[0, 28]]), r"Manifest\.checksums\[0\] must be a list of 3"),
     ],
 )
 def test_json_of_another_form_is_refused(value, words):

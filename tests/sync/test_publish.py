@@ -2,47 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
-from support.replicas import Client, EngineDied, Fleet
+from support.replicas import HOST, Client, EngineDied, Fleet
 
-from megatron_dapo.sync.manifest import Entry, Manifest
-from megatron_dapo.sync.publish import Failure, Publisher, PublishReport
+from megatron_dapo.errors import UserError
+from megatron_dapo.sync.manifest import Manifest
+from megatron_dapo.sync.plan import Worker
+from megatron_dapo.sync.publish import Failure, Publisher, PublishReport, Verify
+from megatron_dapo.sync.sinks import Sink, SinkTable
 
-NUM_CHUNKS = 3
-
+NUM_ROUNDS = 3
+SHAPES = {"model.norm.weight": (4,)}
+SINK = Sink("model.norm.weight", "model.norm.weight", (0,), (4,), 0, (1,))
+TABLE = SinkTable((SINK,), {"model.norm.weight": "float32"}, {"model.norm.weight": (4,)})
 
 DEATH = EngineDied("the engine at http://x is gone")
 TIMEOUT = TimeoutError("http://x/update_weights did not answer within 600 s")
 
 
-class Transport:
-    """Chunks "t0", "t1", "t2" of no bytes; counts how far each push was walked through."""
+class Exchange:
+    """Rounds of 0, 1 and 2 bytes a worker; notes its workers, who takes part, and how far it was walked."""
 
     def __init__(self) -> None:
+        self.workers: list[Worker] = []
         self.walked: list[int] = []
+        self.engines: list[list[str]] = []
+        self.verified: list[bool] = []
 
-    def chunks(self, shards: Sequence[Any], version: int) -> Iterator[Manifest]:
-        for number in range(NUM_CHUNKS):
-            entries = (Entry(name=f"t{number}", shape=(1,), offset=0),)
-            yield Manifest(version=version, path="/memory", dtype="fp32", entries=entries)
-        self.walked.append(NUM_CHUNKS)
+    def set_workers(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
+
+    def rounds(
+        self, weights: Any, version: int, *, engines: Collection[str], verify: bool
+    ) -> Iterator[Mapping[str, list[Manifest]]]:
+        self.engines.append(list(engines))
+        self.verified.append(verify)
+        for number in range(NUM_ROUNDS):
+            manifest = Manifest(
+                version=version,
+                table=TABLE.digest,
+                path="/memory",
+                offset=0,
+                num_bytes=number,
+                dtype_whole="float32",
+                pieces=(),
+            )
+            yield {w.engine: [manifest] for w in self.workers if w.engine in engines}
+        self.walked.append(NUM_ROUNDS)
 
 
-WHOLE = ["start", "update t0 of 5", "update t1 of 5", "update t2 of 5", "finish 5"]
+WHOLE = ["tables", "start", "update [0] of 5", "update [1] of 5", "update [2] of 5", "finish 5"]
+
+
+def client(fails_at: str = "", error: BaseException | None = None) -> Client:
+    return Client(fails_at, error, [TABLE])
+
+
+def make_publisher(exchange: Any, verify: Verify = "first") -> Publisher:
+    return Publisher(exchange, lambda value: value, shapes=SHAPES, dtype="float32", verify=verify)
 
 
 def publish(fleet: Fleet | None, version: int = 5) -> PublishReport:
-    transport = Transport()
-    report = Publisher(transport).publish([], version, fleet)
-    assert transport.walked == [NUM_CHUNKS]  # whatever becomes of the replicas
+    exchange = Exchange()
+    report = make_publisher(exchange).publish([], version, fleet)
+    assert exchange.walked == [NUM_ROUNDS]  # whatever becomes of the replicas
     return report
 
 
 def test_all_replicas_get_every_chunk_and_commit():
-    fleet = Fleet(a=Client(), b=Client())
+    fleet = Fleet(a=client(), b=client())
     assert publish(fleet) == PublishReport(version=5, committed=("a", "b"))
     assert fleet.clients["a"].calls == fleet.clients["b"].calls == WHOLE
     assert fleet.ready == {"a": 5, "b": 5} and fleet.failed == []
@@ -51,15 +83,16 @@ def test_all_replicas_get_every_chunk_and_commit():
 @pytest.mark.parametrize(
     ("fails_at", "phase"),
     [
+        ("tables", "begin"),
         ("start", "begin"),
-        ("update t0", "send"),
-        ("update t2", "send"),
+        ("update [0]", "send"),
+        ("update [2]", "send"),
         ("finish 5", "commit"),
     ],
 )
 @pytest.mark.parametrize("error", [DEATH, TIMEOUT], ids=["death", "timeout"])
 def test_a_replica_that_fails_gets_no_further_call_and_the_others_commit(fails_at, phase, error):
-    fleet = Fleet(a=Client(), b=Client(fails_at, error), c=Client())
+    fleet = Fleet(a=client(), b=client(fails_at, error), c=client())
     report = publish(fleet)
     assert report.committed == ("a", "c") and fleet.ready == {"a": 5, "c": 5}
     assert [(failure.name, failure.phase) for failure in report.failures] == [("b", phase)]
@@ -71,7 +104,7 @@ def test_a_replica_that_fails_gets_no_further_call_and_the_others_commit(fails_a
 
 def test_a_death_and_a_time_out_are_called_what_they_are():
     fleet = Fleet(
-        a=Client("start", DEATH), b=Client("update t1", TIMEOUT), c=Client("finish 5", TimeoutError())
+        a=client("start", DEATH), b=client("update [1]", TIMEOUT), c=client("finish 5", TimeoutError())
     )
     assert [str(failure) for failure in publish(fleet).failures] == [
         "a failed when the weight push began: EngineDied: the engine at http://x is gone",
@@ -81,16 +114,16 @@ def test_a_death_and_a_time_out_are_called_what_they_are():
 
 
 def test_two_die_at_once():
-    fleet = Fleet(a=Client("update t1", DEATH), b=Client("update t1", DEATH), c=Client())
+    fleet = Fleet(a=client("update [1]", DEATH), b=client("update [1]", DEATH), c=client())
     report = publish(fleet)
     assert report.committed == ("c",)
     assert [failure.name for failure in report.failures] == ["a", "b"]
     assert [name for name, _, _ in fleet.failed] == ["a", "b"]
-    assert fleet.clients["a"].calls == fleet.clients["b"].calls == WHOLE[:3]
+    assert fleet.clients["a"].calls == fleet.clients["b"].calls == WHOLE[:4]
 
 
 def test_all_die_one_after_another():
-    fleet = Fleet(a=Client("start", DEATH), b=Client("finish 5", TIMEOUT))
+    fleet = Fleet(a=client("start", DEATH), b=client("finish 5", TIMEOUT))
     report = publish(fleet)
     assert report.committed == () and fleet.ready == {}
     assert report.failures == (
@@ -104,25 +137,51 @@ def test_nobody_to_push_to_and_ranks_without_replicas():
 
 
 def test_the_next_push_goes_to_the_restarted_replica_again():
-    fleet = Fleet(a=Client(), b=Client("update t0", DEATH))
-    publish(fleet)
-    assert publish(fleet, version=6).committed == ("a",)  # b is not up yet
-    fleet.clients["b"] = Client()
+    fleet, exchange = Fleet(a=client(), b=client("update [0]", DEATH)), Exchange()
+    publisher = make_publisher(exchange)
+    publisher.publish([], 5, fleet)
+    workers = [Worker(engine=name, rank=0, host=HOST, device=i, table=TABLE) for i, name in enumerate("ab")]
+    assert exchange.workers == workers
+    assert publisher.publish([], 6, fleet).committed == ("a",)  # b is not up yet
+    assert exchange.workers == workers and exchange.engines == [["a", "b"], ["a"]]
+    fleet.clients["b"] = client()
     fleet.targets.append("b")
-    assert publish(fleet, version=7) == PublishReport(version=7, committed=("a", "b"))
-    assert fleet.ready == {"a": 7, "b": 7}
+    assert publisher.publish([], 7, fleet) == PublishReport(version=7, committed=("a", "b"))
+    assert fleet.ready == {"a": 7, "b": 7} and exchange.engines[2] == ["a", "b"]
+    assert fleet.clients["a"].calls.count("tables") == 1  # a was asked once, and the new b too
+    assert fleet.clients["b"].calls.count("tables") == 1
 
 
-@pytest.mark.parametrize("method", ["push_targets", "call", "set_failed"])
-def test_a_mistake_of_the_rollout_wing_is_raised_after_all_chunks(method):
-    fleet = Fleet(a=Client(), b=Client("update t0", DEATH))
+def test_an_engine_that_would_not_take_all_weights_is_refused_before_it_gets_any():
+    half = dataclasses.replace(TABLE, sinks=(SINK.part((0,), (2,)),))
+    fleet = Fleet(a=client(), b=Client(tables=[half]))
+    with pytest.raises(UserError, match=r"b would not take .* 2 of 4 elements are never written"):
+        make_publisher(Exchange()).publish([], 5, fleet)
+    assert fleet.clients["a"].calls == fleet.clients["b"].calls == ["tables"]
+
+
+@pytest.mark.parametrize(
+    ("verify", "expected"),
+    [("never", [False] * 4), ("first", [True, False, False, False]), (2, [True, False, True, False])],
+)
+def test_which_pushes_are_verified(verify, expected):
+    exchange = Exchange()
+    publisher = make_publisher(exchange, verify)
+    for version in range(4):
+        publisher.publish([], version, Fleet(a=client()))
+    assert exchange.verified == expected
+
+
+@pytest.mark.parametrize("method", ["push_targets", "begin_call", "set_failed"])
+def test_a_mistake_of_the_rollout_wing_is_raised_after_all_rounds(method):
+    fleet = Fleet(a=client(), b=client("update [0]", DEATH))
 
     def mistaken(*args: Any) -> Any:
         raise KeyError("mistake")
 
     setattr(fleet, method, mistaken)
-    transport = Transport()
+    exchange = Exchange()
     with pytest.raises(KeyError, match="mistake"):
-        Publisher(transport).publish([], 5, fleet)
-    assert transport.walked == [NUM_CHUNKS]
+        make_publisher(exchange).publish([], 5, fleet)
+    assert exchange.walked == [NUM_ROUNDS]
     assert fleet.ready == {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import make_tiny_model
-from support.push import checkpoint, push, send
+from support.push import checkpoint, plan_for, push, send
 
 from megatron_dapo.environment import DIGEST_VARIABLE, ENGINE_VARIABLE, PLUGIN
 from megatron_dapo.sync.vllm import plugin
@@ -90,12 +90,12 @@ async def test_one_changed_element_changes_one_digest(engine, digests, tiny_mode
 )
 async def test_a_missing_tensor_is_named_and_may_follow(engine, digests, tiny_model, left_out, named):
     tensors = checkpoint(tiny_model)
-    missing = tensors.pop(left_out)
+    plan = await plan_for(engine, tensors)
     await engine.start_weight_update()
-    await send(engine, tensors, version=5)
+    await send(engine, plan, tensors, version=5, names=tensors.keys() - {left_out})
     with pytest.raises(RuntimeError, match=named):
         await engine.finish_weight_update("5")
-    await send(engine, {left_out: missing}, version=5)
+    await send(engine, plan, tensors, version=5, names={left_out})
     await engine.finish_weight_update("5")
     assert digests("v5") == digests("load")
     await check_against_transformers(engine, tiny_model)
@@ -103,23 +103,22 @@ async def test_a_missing_tensor_is_named_and_may_follow(engine, digests, tiny_mo
 
 async def test_a_broken_update_is_refused_and_can_be_repeated(engine, digests, tiny_model, other_model):
     tensors = checkpoint(tiny_model)
+    plan = await plan_for(engine, tensors)
     name = "model.layers.0.self_attn.q_proj.weight"
     await engine.start_weight_update()
-    await send(engine, {name: tensors[name]}, version=6)
+    await send(engine, plan, tensors, version=6, names={name})
     with pytest.raises(RuntimeError, match="twice"):
-        await send(engine, {name: tensors[name]}, version=6)
+        await send(engine, plan, tensors, version=6, names={name})
 
-    await engine.start_weight_update()
-    await send(
-        engine, {name: checkpoint(other_model)[name]}, version=7
-    )  # must not survive into the next update
-    with pytest.raises(RuntimeError, match="no_such_tensor"):
-        await send(engine, {"model.no_such_tensor": tensors[name]}, version=7)
+    await engine.start_weight_update()  # what it gets must not survive into the next update
+    await send(engine, plan, checkpoint(other_model), version=7, names={name})
+    with pytest.raises(RuntimeError, match="update 7 received a chunk of version 8"):
+        await send(engine, plan, tensors, version=8, names={"model.norm.weight"})
 
     await engine.start_weight_update()
     manifest = {"format": 99, "path": "/dev/null"}  # of a trainer with another version of this package
     with pytest.raises(RuntimeError, match=r"Manifest\.format=99 is unknown"):
-        await engine.update_weights(manifest)
+        await engine.update_weights([manifest])
 
     await push(engine, tensors, version=8)
     assert digests("v8") == digests("load")

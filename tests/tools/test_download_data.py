@@ -9,9 +9,11 @@ from pathlib import Path
 import datasets
 import pytest
 
+from megatron_dapo.config import RunConfig
 from megatron_dapo.data.prompts import Row, load_rows
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "download_data.py"
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,33 @@ def test_what_is_written_is_what_a_run_reads(tool, tmp_path, monkeypatch, capsys
 def test_a_wrong_path_is_named(tool, path, message):
     with pytest.raises(ValueError, match=f"path '{path}' has {message}"):
         list(tool.map_rows(make_rows(*ROWS), path, DAPO[1], False))
+
+
+@pytest.mark.parametrize("recipe", ["qwen32b", "qwen32b_async"])
+def test_the_instruction_is_in_the_prompt_once(tool, tmp_path, recipe):
+    """The rows of the hub carry it, the recipe's template adds it: the prompt is the hub's again."""
+    template = RunConfig.load(CONFIGS / f"{recipe}.yaml", []).data.template
+    hub = template.replace("{prompt}", "How many\n\nprimes?")
+    out = tmp_path / "rows.jsonl"
+    tool.write(make_rows((hub, "2"), (hub + "\n", "2"), ("1+1?", "2")), *DAPO, True, out)
+    rows = load_rows(out, "prompt", "answer")
+    assert rows == [Row("How many\n\nprimes?", "2"), Row("1+1?", "2")]
+    assert template.replace("{prompt}", rows[0].prompt) == hub
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "expected"),
+    [
+        ("Q: 1+1 A:", "Q: {prompt} A:", "1+1"),
+        ("Q: 1+1", "Q: {prompt} A:", "Q: 1+1"),  # the end is missing
+        ("Q: A:", "Q: {prompt} A:", "Q: A:"),  # nothing would be left
+        (" 1+1 ", "{prompt}", "1+1"),
+        ("Please add: 1+1", "Please add: {prompt}", "1+1"),
+        ([{"content": "x"}], "{prompt}", [{"content": "x"}]),
+    ],
+)
+def test_a_template_is_taken_off_whole_or_not_at_all(tool, prompt, template, expected):
+    assert tool.bare(prompt, template) == expected
 
 
 @pytest.mark.parametrize("dedup", [False, True])

@@ -1,18 +1,22 @@
 """The receiving end of a weight push, inside each vLLM worker.
 
-Chunks of Hugging Face tensors arrive in memory shared with the trainer (sync/shm.py), each described by a
-Manifest. vLLM's own loader takes what its shard needs from each, inside vLLM's layerwise reload, so it also
-works where vLLM repacks weights (CPU kernels, FP8).
+Chunks of exactly this worker's elements arrive in memory shared with a policy rank (sync/exchange.py), each
+described by a Manifest. Where they go says the worker's sink table. They are written inside vLLM's layerwise
+reload, so it also works where vLLM repacks weights (CPU kernels, FP8).
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import xxhash
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -22,7 +26,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from megatron_dapo.environment import DIGEST_VARIABLE
-from megatron_dapo.sync.manifest import Manifest
+from megatron_dapo.sync.arrivals import Arrivals
+from megatron_dapo.sync.manifest import Manifest, Piece
+from megatron_dapo.sync.sinks import Sink, SinkTable
 from megatron_dapo.sync.vllm import reload
 from megatron_dapo.sync.vllm.digest import UpdateDigests
 
@@ -42,12 +48,16 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """start -> receive chunk after chunk -> finish. After an error, start again and send all chunks."""
+    """use_table, then for every update: start -> receive chunk after chunk -> finish. After an error, start
+    again and send all chunks.
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
+    _next: tuple[SinkTable, str, Mapping[str, tuple[int, ...]]] | None = None  # use_table's, and the digest
     _digests: UpdateDigests | None = None
+    _loaders: reload.Loaders | None = None  # vLLM's, during an update
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass
@@ -56,42 +66,76 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """ValueError names a field of the manifest that makes no sense."""
         return UpdateInfo(Manifest.from_json(update_dict))
 
+    def use_table(self, table: SinkTable, whole_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Load by this table from the next update on. whole_shapes: of the tensors that it names `whole`."""
+        self._next = (table, table.digest, whole_shapes)
+
     def start_weight_update(self) -> None:
         """Begin an update; one that was begun and not finished is given up."""
+        if self._next is None:
+            raise RuntimeError("this worker has no sink table; call megatron_dapo_sink_table before a push")
         self._drop_digests()
         reload.abandon_update(self.model)
-        self._received: set[str] = set()
+        self._put_back_loaders()
+        self._table, self._table_digest, self._whole_shapes = self._next
+        self._arrivals = Arrivals(self._table, self._whole_shapes)
+        self._whole: dict[str, torch.Tensor] = {}  # sent whole, and not complete yet
         self._version: int | None = None
         if os.environ.get(DIGEST_VARIABLE):
             self._digests = UpdateDigests(self.model)
         initialize_layerwise_reload(self.model)
         if current_platform.is_cpu():
             reload.forget_packed_experts(self.model)
+        self._loaders = reload.take_rows(self.model, self._table)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one chunk; afterwards nothing refers to its memory, which the trainer fills anew.
 
-        ValueError for a tensor sent twice, a version that changes within an update, or a name the model does
-        not know.
+        ValueError for a chunk of another table, of another version than the update's or with another
+        checksum, for elements that are sent twice, and in a push with checksums for elements that are not
+        where they belong.
         """
         manifest = update_info.manifest
+        if manifest.table != self._table_digest:
+            raise ValueError(
+                f"{self._worker} received a chunk for the sink table {manifest.table[:16]}, but loads by "
+                f"{self._table_digest[:16]}; trainer and engine must agree on one before a push"
+            )
         if self._version not in (None, manifest.version):
             raise ValueError(f"weight update {self._version} received a chunk of version {manifest.version}")
-        names = [entry.name for entry in manifest.entries]
-        if repeated := sorted(self._received.intersection(names)):
-            raise ValueError(
-                f"weight update {manifest.version} received tensors twice: {repeated[:NAMES_IN_ERRORS]}"
-            )
         self._version = manifest.version
-        self._received.update(names)
-        with open(manifest.path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            tensors = manifest.views(memory)
-        model: Any = self.model
-        model.load_weights(iter(tensors.items()))
-        reload.copy_waiting_tensors(self.model, memory)
+        if not manifest.pieces:
+            return
+        chunk = mapped(manifest)
+        self._check(manifest, chunk)
+        for number, piece in enumerate(manifest.pieces):
+            sink = self._arrivals.take(piece)
+            dtype = manifest.dtype_whole if piece.sink is None else self._table.dtypes[sink.parameter]
+            values = view(chunk, piece, getattr(torch, dtype), f"Manifest.pieces[{number}]")
+            if piece.sink is None:
+                self._take_whole(sink, values)
+            else:
+                reload.give_row(self.model, sink, values, verify=bool(manifest.checksums))
+        reload.copy_waiting_tensors(self.model, chunk)
+
+    def _check(self, manifest: Manifest, chunk: torch.Tensor) -> None:
+        for checksum in manifest.checksums:
+            begin, end = checksum.offset, checksum.offset + checksum.num_bytes
+            if xxhash.xxh3_64_hexdigest(chunk[begin:end].numpy().data) != checksum.xxh3:
+                raise ValueError(
+                    f"{self._worker}: bytes {begin} to {end} of a chunk of weight update {manifest.version} "
+                    f"are not those that were sent"
+                )
+
+    def _take_whole(self, part: Sink, values: torch.Tensor) -> None:
+        """Put it into its tensor; when this is complete the model's own loader takes it."""
+        name = part.source
+        if name not in self._whole:
+            self._whole[name] = torch.empty(self._whole_shapes[name], dtype=values.dtype)
+        self._whole[name].as_strided(part.size, part.stride, part.offset).copy_(values)
+        if self._arrivals.is_complete(name):
+            model: Any = self.model
+            model.load_weights(iter([(name, self._whole.pop(name))]))
 
     def finish_weight_update(self) -> None:
         """Put the update into use.
@@ -99,12 +143,13 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         RuntimeError names what is missing; more chunks may follow then, and another finish.
         """
         tied = reload.tied_layers(self.model)
-        if missing := reload.missing_parameters(self.model, tied):
+        if missing := self._arrivals.missing() or reload.missing_parameters(self.model, tied):
             more = f" and {len(missing) - NAMES_IN_ERRORS} more" if len(missing) > NAMES_IN_ERRORS else ""
             raise RuntimeError(
                 f"weight update {self._version} is incomplete: {'; '.join(missing[:NAMES_IN_ERRORS])}{more}"
             )
         finalize_layerwise_reload(self.model, self.model_config)
+        self._put_back_loaders()
         digests = self._drop_digests()
         for layer in tied:
             # vLLM reloads only one of the layers that share a parameter; the other keeps what it packed from
@@ -116,9 +161,40 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         pass
 
+    @property
+    def _worker(self) -> str:
+        return f"the worker of tp rank {self._table.tp_rank}, pp rank {self._table.pp_rank}"
+
+    def _put_back_loaders(self) -> None:
+        loaders, self._loaders = self._loaders, None
+        reload.put_back(loaders or [])
+
     def _drop_digests(self) -> UpdateDigests | None:
         """Stop watching the layers of this update."""
         digests, self._digests = self._digests, None
         if digests:
             digests.detach()
         return digests
+
+
+def mapped(manifest: Manifest) -> torch.Tensor:
+    """The bytes of the chunk, without a copy; not to be written to. ValueError if the file is too short."""
+    first = manifest.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    before = manifest.offset - first
+    with open(manifest.path, "rb") as file:
+        size = before + manifest.num_bytes
+        memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=torch.uint8, offset=before)
+
+
+def view(chunk: torch.Tensor, piece: Piece, dtype: torch.dtype, where: str) -> torch.Tensor:
+    """The values of a piece, where they lie. ValueError if some lie outside of the chunk, or not aligned."""
+    end = piece.offset + math.prod(piece.size) * dtype.itemsize
+    if end > len(chunk) or piece.offset % dtype.itemsize:
+        raise ValueError(
+            f"{where} of {dtype}, size {piece.size} and offset {piece.offset} must be aligned and end in the "
+            f"chunk of {len(chunk)} bytes"
+        )
+    return chunk[piece.offset : end].view(dtype).view(piece.size)

@@ -1,0 +1,280 @@
+"""Engines of other hosts than rank 0's, through torchrun's store.
+
+Rank 0 never starts a process elsewhere. Its RemoteServer writes down that an engine is to run; an EngineHost,
+a thread of the first rank of that host, reads it, starts or stops the server as its own child, and writes
+back how it is. What the store says of engine N (under megatron_dapo/):
+
+    engine/N/wanted     {"start": number of this start, "runs": whether it shall, "token": the run's}
+    engine/N/found      {"start": as above, "url", "code": null or the exit code, "log": its last words}
+    engine_host/HOST    counts up while the EngineHost lives
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_dapo.config import RunConfig
+from megatron_dapo.errors import UserError
+from megatron_dapo.rollout.replica import Server
+from megatron_dapo.rollout.server import EngineStartTimeout, make_server, until_healthy
+
+POLL_S = 0.2
+LOG_S = 5.0  # how old the quoted log of an engine that runs may be
+SILENT_S = 30.0  # without a sign of life a host counts as gone; longer than it takes to stop an engine
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store; nothing that waits."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+
+
+class ChildServer(Server, Protocol):
+    """A server of this host (EngineServer, or a fake)."""
+
+    @property
+    def url(self) -> str: ...
+
+
+class EngineHost:
+    """Starts, stops and watches the `engines` (their numbers) of `host`, this one, as rank 0 wants it, in a
+    thread that begins at once. `make(number, token)` makes a server. `clock` counts seconds.
+
+    When the thread ends, with its process at the latest, so do its engines. A server that cannot be started
+    counts as ended, with the error as its last words.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        host: str,
+        engines: Iterable[int],
+        make: Callable[[int, str], ChildServer],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._host = store, host
+        self._engines = [_Engine(store, index, make, clock) for index in engines]
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="engines of this host", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Stop the engines that still run. May be called twice."""
+        self._closing.set()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _watch(self) -> None:
+        with suppress(RuntimeError):  # the store has ended; so will the run
+            while not self._closing.wait(POLL_S):
+                for engine in self._engines:
+                    self._store.add(_alive(self._host), 1)  # often: to stop an engine takes seconds
+                    engine.look()
+        for engine in self._engines:
+            engine.stop()
+
+
+class _Engine:
+    """One engine on its own host."""
+
+    def __init__(
+        self,
+        store: Store,
+        index: int,
+        make: Callable[[int, str], ChildServer],
+        clock: Callable[[], float],
+    ) -> None:
+        self._store, self._index, self._make, self._clock = store, index, make, clock
+        self._start = 0  # the number of the start that was obeyed last
+        self._server: ChildServer | None = None
+        self._found: dict[str, Any] = {}  # as it was written
+        self._log_read_at = 0.0
+
+    def look(self) -> None:
+        """Do what is wanted, and write down what has changed."""
+        wanted = _read(self._store, _wanted(self._index))
+        if wanted["start"] > self._start:
+            self.stop()
+            self._start = wanted["start"]
+            self._begin(wanted["token"]) if wanted["runs"] else self._write(url="", code=0, log="")
+        elif self._server and not wanted["runs"]:
+            self.stop()
+            self._write(code=0)
+        elif self._server:
+            self._watch(self._server)
+
+    def stop(self) -> None:
+        if self._server:
+            self._server.stop()
+            self._server = None
+
+    def _begin(self, token: str) -> None:
+        server = self._make(self._index, token)
+        try:
+            server.start()
+        except (UserError, OSError) as error:
+            return self._write(url="", code=1, log=f"  | {error}")
+        self._server, self._log_read_at = server, self._clock()
+        self._write(url=server.url, code=None, log=server.log_tail())
+
+    def _watch(self, server: ChildServer) -> None:
+        if self._found["code"] is not None:
+            return
+        code = server.poll()
+        if code is not None or self._clock() - self._log_read_at >= LOG_S:
+            self._log_read_at = self._clock()
+            self._write(code=code, log=server.log_tail())
+
+    def _write(self, **changes: Any) -> None:
+        found = {**self._found, "start": self._start, **changes}
+        if found != self._found:
+            self._found = found
+            self._store.set(_found(self._index), json.dumps(found))
+
+
+class RemoteServer:
+    """Rank 0's side of engine `index` on `host`: a Server as the fleet has them."""
+
+    def __init__(
+        self, store: Store, index: int, host: str, token: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.index, self.host = index, host
+        self._store, self._token, self._clock = store, token, clock
+        self._start = 0
+        self._signs_of_life, self._heard_at = 0, clock()
+
+    @property
+    def url(self) -> str:
+        """ValueError as long as its host has not started it."""
+        if not (url := self._state().get("url")):
+            raise ValueError(f"engine {self.index} on {self.host} has no address: it is not started there")
+        return url
+
+    def start(self) -> None:
+        """Have it started; a server of an earlier start is stopped before."""
+        self._start = self._store.add(f"megatron_dapo/engine/{self.index}/starts", 1)
+        self._want(runs=True)
+
+    def poll(self) -> int | None:
+        """None while the server runs or its host is about to start it, else its exit code; 0 when it was
+        stopped or never started, 1 when its host is gone.
+        """
+        if not self._start:
+            return 0
+        if (code := self._state().get("code")) is not None:
+            return code
+        return 1 if self._host_is_gone() else None
+
+    async def wait_healthy(self, timeout: float) -> None:
+        """Return when /health answers 200. EngineDied or EngineStartTimeout, both with the end of the log."""
+        began = self._clock()
+        while not self._state() and self.poll() is None:
+            if self._clock() - began > timeout:
+                raise EngineStartTimeout(
+                    f"engine {self.index} was not started by the ranks of {self.host} within {timeout:g} s; "
+                    "raise rollout.start_timeout_s if they still build the policy"
+                )
+            await asyncio.sleep(POLL_S)
+        await until_healthy(self, max(0.0, timeout - (self._clock() - began)))
+
+    def stop(self) -> None:
+        """Have the server stopped, and wait for it as long as its host lives, but at most SILENT_S."""
+        began = self._clock()
+        with suppress(RuntimeError):  # the store has ended, and the ranks with it
+            if self._start:
+                self._want(runs=False)
+            while self.poll() is None and self._clock() - began < SILENT_S:
+                time.sleep(POLL_S)
+
+    def log_tail(self) -> str:
+        """What the server's log says about an end, as its host has read it."""
+        if self._host_is_gone():
+            return f"  | {self.host} has given no sign of life for {SILENT_S:g} s"
+        return self._state().get("log", f"  | {self.host} has not started it")
+
+    def _want(self, *, runs: bool) -> None:
+        wanted = {"start": self._start, "runs": runs, "token": self._token}
+        self._store.set(_wanted(self.index), json.dumps(wanted))
+
+    def _state(self) -> dict[str, Any]:
+        """What its host says of this start; empty as long as it says nothing."""
+        found = _read(self._store, _found(self.index))
+        return found if found["start"] == self._start else {}
+
+    def _host_is_gone(self) -> bool:
+        """Whether the host was heard of, and not within SILENT_S; time that nobody asked does not count."""
+        signs = self._store.add(_alive(self.host), 0)
+        if signs != self._signs_of_life:
+            self._signs_of_life, self._heard_at = signs, self._clock()
+        return signs > 0 and self._clock() - self._heard_at > SILENT_S
+
+
+def serve_engines(
+    config: RunConfig, folder: Path, rank: int, host_of_rank: Sequence[str], store: Store
+) -> EngineHost | None:
+    """What this rank has to do for the engines of its host: something on the first rank of each host but rank
+    0's, whose engines are rank 0's children. Engines are numbered by host, in the order of the ranks.
+    """
+    host = host_of_rank[rank]
+    if host == host_of_rank[0] or host_of_rank.index(host) != rank:
+        return None
+    count = config.rollout.engines
+    first = list(dict.fromkeys(host_of_rank)).index(host) * count
+    address = address_towards(os.environ["MASTER_ADDR"])
+
+    def make(index: int, token: str) -> ChildServer:
+        name, slot = f"engine_{index}", index - first
+        return make_server(config, index, folder, token, digests=name, slot=slot, address=address)
+
+    return EngineHost(store, host, range(first, first + count), make)
+
+
+def address_towards(host: str) -> str:
+    """The address of this host that `host` sees; nothing is sent. UserError when there is no way to it."""
+    reason: OSError | None = None
+    try:
+        for family, kind, _, _, target in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.connect(target)
+                    return probe.getsockname()[0]
+            except OSError as error:
+                reason = error
+    except OSError as error:
+        reason = error
+    raise UserError(
+        f"MASTER_ADDR={host} cannot be reached from {socket.gethostname()} ({reason}); give an address of "
+        "the first node that all nodes reach"
+    )
+
+
+def _read(store: Store, key: str) -> dict[str, Any]:
+    """What a key says; start 0 when it says nothing."""
+    return json.loads(store.get(key)) if store.check([key]) else {"start": 0, "runs": False}
+
+
+def _wanted(index: int) -> str:
+    return f"megatron_dapo/engine/{index}/wanted"
+
+
+def _found(index: int) -> str:
+    return f"megatron_dapo/engine/{index}/found"
+
+
+def _alive(host: str) -> str:
+    return f"megatron_dapo/engine_host/{host}"

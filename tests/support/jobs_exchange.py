@@ -1,0 +1,377 @@
+"""What ranks do in the tests of the exchange (support/ranks.py starts them). Rank 0 stands for all workers of
+the engines: it reads what the manifests say, as late as it may.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import mmap
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from megatron_dapo.errors import UserError
+from megatron_dapo.layout import Layout
+from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.sync import exchange as exchange_file
+from megatron_dapo.sync.exchange import Exchange
+from megatron_dapo.sync.manifest import Manifest
+from megatron_dapo.sync.plan import Plan, Worker, make_plan
+from megatron_dapo.sync.plan_report import link
+from megatron_dapo.sync.regions import row_major
+from megatron_dapo.sync.sinks import Sink, SinkTable
+from megatron_dapo.sync.sources import Extent, LocalWeights, holdings
+from megatron_dapo.weights.names import hf_shapes
+from support.planning import direct, empty, local_weights, make_workers
+from support.weights import make_weights, small_model
+
+DELAY_S = 0.01  # long beside the staging of a small chunk
+WHOLE = "model.layers.0.self_attn.o_proj.weight"  # split by columns between tensor-parallel ranks
+MODEL = small_model(
+    num_layers=4, hidden_size=8, num_heads=8, num_kv_heads=4, head_dim=2, ffn_size=16, vocab_size=13
+)
+MODELS = {
+    "dense": MODEL,
+    "tied": dataclasses.replace(MODEL, tied=True),
+    "experts": dataclasses.replace(MODEL, num_experts=4, qkv_bias=False, qk_norm=True),
+    "big": dataclasses.replace(
+        MODEL, hidden_size=256, num_kv_heads=8, head_dim=32, ffn_size=1024, vocab_size=1024
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """hosts: of the ranks; on each of them stands an engine of one worker and one of two. dtype: theirs."""
+
+    model: str
+    layout: Layout
+    hosts: str
+    dtype: str = "float32"
+    chunk_bytes: int = 2000
+
+
+def run(cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Everything that the tests look at, in one start of the ranks; results of rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return {
+        "cases": {name: three_pushes(case) for name, case in cases.items()},
+        "left out": leave_an_engine_out(),
+        "memory": memory_of_a_push(),
+        "workers": change_workers(),
+        "errors": errors(),
+    }
+
+
+# --- the engines ------------------------------------------------------------------------
+
+
+def engines(case: Case) -> list[Worker]:
+    """Those called tp1 have a tensor that is sent whole, those called tp2 have transposed parameters."""
+    model, hosts = MODELS[case.model], sorted(set(case.hosts))
+    made = []
+    for tp in (1, 2):
+        for worker in make_workers(model, hosts, tp=tp, dtype=case.dtype, transpose=tp == 2):
+            table = _with_whole(worker.table) if tp == 1 else worker.table
+            made.append(dataclasses.replace(worker, engine=f"tp{tp} on {worker.host}", table=table))
+    return made
+
+
+def _with_whole(table: SinkTable) -> SinkTable:
+    sinks = tuple(sink for sink in table.sinks if sink.source != WHOLE)
+    return dataclasses.replace(table, sinks=sinks, whole=(WHOLE,), computed={WHOLE: "neg"})
+
+
+def make_exchange(case: Case) -> Exchange:
+    return Exchange(
+        rank=dist.get_rank(),
+        control=dist.group.WORLD,
+        hosts=case.hosts,
+        held=holdings(MODELS[case.model], case.layout),
+        chunk_bytes=case.chunk_bytes,
+        dtype=case.dtype,
+    )
+
+
+def plan_of(case: Case) -> Plan:
+    held = holdings(MODELS[case.model], case.layout)
+    return make_plan(engines(case), held, case.hosts, chunk_bytes=case.chunk_bytes, dtype=case.dtype)
+
+
+class Reader:
+    """The workers of all engines: their parameters, and how often each element was written."""
+
+    def __init__(self, workers: Sequence[Worker], model: ModelSpec) -> None:
+        self._workers, self._shapes = workers, hf_shapes(model)
+        self.parameters = [empty(worker.table) for worker in workers]
+        self.writes = [empty(worker.table) for worker in workers]
+        for number, worker in enumerate(workers):
+            for name in worker.table.whole:
+                self.parameters[number][name] = torch.zeros(self._shapes[name])
+                self.writes[number][name] = torch.zeros(self._shapes[name])
+
+    def read(self, manifests: Mapping[str, list[Manifest]], version: int, verified: bool) -> None:
+        for engine, of_engine in manifests.items():
+            for rank, manifest in enumerate(of_engine):
+                [number] = [n for n, w in enumerate(self._workers) if (w.engine, w.rank) == (engine, rank)]
+                manifest = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+                table = self._workers[number].table
+                assert (manifest.version, manifest.table) == (version, table.digest)
+                assert bool(manifest.checksums) == (verified and manifest.num_bytes > 0)
+                chunk = read_chunk(manifest)
+                for checksum in manifest.checksums:  # together they are the whole chunk: Manifest checks it
+                    part = chunk[checksum.offset :][: checksum.num_bytes]
+                    assert xxhash.xxh3_64(part).hexdigest() == checksum.xxh3
+                self._scatter(number, manifest, chunk)
+
+    def _scatter(self, number: int, manifest: Manifest, chunk: bytearray) -> None:
+        table = self._workers[number].table
+        for piece in manifest.pieces:
+            if piece.sink is None:
+                name, dtype = piece.source, manifest.dtype_whole
+                whole = row_major(self._shapes[name])
+                sink = Sink(name, name, (0,) * len(whole), self._shapes[name], 0, whole)
+            else:
+                sink = table.sinks[piece.sink]
+                name, dtype = sink.parameter, table.dtypes[sink.parameter]
+            to = sink.part(piece.start, piece.size)
+            values = torch.frombuffer(
+                chunk, dtype=getattr(torch, dtype), offset=piece.offset, count=to.num_elements
+            )
+            region = (to.size, to.stride, to.offset)
+            self.parameters[number][name].as_strided(*region).copy_(values.view(to.size))
+            self.writes[number][name].as_strided(*region).add_(1)
+
+    def wrong(self, weights: Mapping[str, torch.Tensor], left_out: str = "") -> list[str]:
+        """Parameters that a direct fill makes others of, or with elements not written exactly once."""
+        found = []
+        for worker, parameters, writes in zip(self._workers, self.parameters, self.writes, strict=True):
+            if worker.engine == left_out:
+                continue
+            expected = direct(worker.table, weights)
+            for name in worker.table.whole:
+                dtype = getattr(torch, next(iter(worker.table.dtypes.values())))
+                expected[name] = weights[name].to(dtype).float()
+            for name, values in expected.items():
+                if not torch.equal(parameters[name], values) or not (writes[name] == 1).all():
+                    found.append(f"{worker.engine}, {worker.rank}: {name}")
+        return found
+
+
+def read_chunk(manifest: Manifest) -> bytearray:
+    """What the manifest's memory holds now, in whatever process it is."""
+    with open(manifest.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        return bytearray(memory[manifest.offset : manifest.offset + manifest.num_bytes])
+
+
+@contextmanager
+def counting_sends() -> Iterator[list[int]]:
+    """The bytes of every message between ranks that this rank sends."""
+    sizes, isend = [], dist.isend
+
+    def counted(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return isend(tensor, *arguments, **keywords)
+
+    with mock.patch.object(dist, "isend", counted):
+        yield sizes
+
+
+def on_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+# --- what the tests look at -------------------------------------------------------------
+
+
+class SlowWeights(LocalWeights):
+    """`is_late`: the next access takes a while."""
+
+    def __init__(self, weights: LocalWeights) -> None:
+        self._parts, self.is_late = weights._parts, False
+
+    def view(self, name: str, start: Extent, size: Extent) -> torch.Tensor:
+        if self.is_late:
+            time.sleep(DELAY_S)
+        self.is_late = False
+        return super().view(name, start, size)
+
+
+class Pushes:
+    """Pushes of one case, each of weights of its own; all weights are there before the first push, so that no
+    rank is held up between two of them.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.model, self.workers = MODELS[case.model], engines(case)
+        self.exchange = make_exchange(case)
+        self.exchange.set_workers(self.workers)
+        self.weights = {version: make_weights(self.model, seed=version) for version in (1, 2, 3)}
+        self.local = {
+            version: SlowWeights(local_weights(self.model, case.layout, dist.get_rank(), weights))
+            for version, weights in self.weights.items()
+        }
+        self.wrong: list[str] = []
+        self.sent: list[int] = []  # bytes to other hosts, by push
+        self.manifests: list[list[Mapping[str, list[Manifest]]]] = []  # by push and round
+
+    def push(self, version: int, *, verify: bool = False, left_out: str = "") -> None:
+        """To all engines but one. Rank 0 reads a round at once, though the last rank is late with it, and
+        again when the next one is staged, after a delay: no rank may have begun with the one after that.
+        """
+        names, rank = {worker.engine for worker in self.workers} - {left_out}, dist.get_rank()
+        early, late = Reader(self.workers, self.model), Reader(self.workers, self.model)
+        local, staged = self.local[version], []
+        rounds = self.exchange.rounds(local, version, engines=names, verify=verify)
+        with counting_sends() as sizes:
+            while True:
+                local.is_late = rank == dist.get_world_size() - 1
+                manifests = next(rounds, None)
+                if rank == 0 and manifests is not None:
+                    early.read(manifests, version, verify)
+                if rank == 0 and staged:
+                    time.sleep(DELAY_S)
+                    late.read(staged[-1], version, verify)
+                if manifests is None:
+                    break
+                assert set(manifests) == (names if rank == 0 else set())
+                staged.append(manifests)
+        self.manifests.append(staged)
+        self.sent.append(sum(sizes))
+        for reader in (early, late) if rank == 0 else ():
+            self.wrong += reader.wrong(self.weights[version], left_out)
+
+
+def bytes_between_hosts(plan: Plan, left_out: str = "") -> int:
+    return sum(
+        message.parcel.num_bytes
+        for message in plan.messages
+        if link(plan, message) == "between_hosts" and plan.workers[message.worker].engine != left_out
+    )
+
+
+def three_pushes(case: Case) -> dict[str, Any]:
+    pushes, plan = Pushes(case), plan_of(case)
+    for version in (1, 2, 3):
+        pushes.push(version, verify=version == 2)
+    pushes.exchange.set_workers([])
+    return {
+        "wrong": pushes.wrong,
+        "rounds": [len(rounds) for rounds in pushes.manifests],
+        "planned rounds": len(plan.rounds),
+        "sent": [sum(of_ranks) for of_ranks in zip(*on_all_ranks(pushes.sent), strict=True)],
+        "planned": bytes_between_hosts(plan),
+    }
+
+
+def leave_an_engine_out() -> dict[str, Any]:
+    """The second of three pushes goes to all but one engine."""
+    case, name = Case(model="dense", layout=Layout(tp=2, pp=2), hosts="aabb"), "tp2 on b"
+    pushes, plan = Pushes(case), plan_of(case)
+    pushes.push(1)
+    chunks = [manifest for of_round in pushes.manifests[0] for manifest in of_round.get(name, ())]
+    before = [read_chunk(manifest) for manifest in chunks]
+    pushes.push(2, left_out=name)
+    untouched = [read_chunk(manifest) for manifest in chunks] == before
+    pushes.push(3)
+    return {
+        "wrong": pushes.wrong,
+        "untouched": untouched,
+        "sent": [sum(of_ranks) for of_ranks in zip(*on_all_ranks(pushes.sent), strict=True)],
+        "planned": [bytes_between_hosts(plan), bytes_between_hosts(plan, left_out=name)],
+    }
+
+
+def memory_of_a_push() -> list[dict[str, int]]:
+    """By rank, in bytes: the memory that the exchange says it takes, how much the resident memory grew at
+    most, what a worker needs and a chunk. A first push loads all code.
+    """
+    case = Case(model="big", layout=Layout(tp=2, pp=2), hosts="aabb", chunk_bytes=1 << 18)
+    model = MODELS[case.model]
+    workers = make_workers(model, ["a", "b"], tp=2)
+    local = local_weights(model, case.layout, dist.get_rank(), make_weights(model))
+
+    def push() -> int:
+        exchange = make_exchange(case)
+        exchange.set_workers(workers)
+        for _ in exchange.rounds(local, 1, engines={worker.engine for worker in workers}, verify=True):
+            pass
+        extra_bytes = exchange.extra_bytes
+        exchange.set_workers([])  # which frees the memory
+        return extra_bytes
+
+    push()
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    found = {"extra": push(), "grown": resident("VmHWM") - before, "worker": workers[0].table.num_bytes}
+    return on_all_ranks(found | {"chunk": case.chunk_bytes})
+
+
+def resident(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    match = re.search(rf"{field}:\s+(\d+) kB", text)
+    assert match
+    return int(match.group(1)) * 1024
+
+
+def change_workers() -> dict[str, Any]:
+    """Engines that come and go, and the memory and open files that are left of them."""
+    case = Case(model="tied", layout=Layout(tp=2, dp=2), hosts="abab")
+    pushes = Pushes(case)
+    again = [
+        dataclasses.replace(worker, table=SinkTable.from_json(worker.table.to_json()))
+        for worker in pushes.workers
+    ]
+    fewer = [worker for worker in pushes.workers if worker.engine != "tp1 on a"]
+    make, made = os.memfd_create, []
+    with mock.patch.object(os, "memfd_create", lambda name: made.append(name) or make(name)):
+        pushes.exchange.set_workers(again)
+        unchanged = not made
+        pushes.workers = fewer
+        pushes.exchange.set_workers(fewer)
+        pushes.push(1)
+        left = []
+        for workers in (again, fewer) * 4:
+            pushes.exchange.set_workers(workers)
+            maps = Path("/proc/self/maps").read_text().count("memfd:")
+            left.append([len(os.listdir("/proc/self/fd")), maps])
+    pushes.push(2)
+    return {"unchanged": all(on_all_ranks(unchanged)), "wrong": pushes.wrong, "left": on_all_ranks(left)}
+
+
+def errors() -> dict[str, list[str]]:
+    """What every rank raises. The last attempt shows that nothing is left of the others."""
+    case = Case(model="dense", layout=Layout(dp=4), hosts="aabb")
+    exchange, workers, rank = make_exchange(case), engines(case), dist.get_rank()
+
+    def attempt(workers: Sequence[Worker]) -> str:
+        try:
+            exchange.set_workers(workers)
+        except (UserError, AssertionError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "done"
+
+    elsewhere = [dataclasses.replace(worker, host="c") for worker in workers]
+    found = {"elsewhere": attempt(elsewhere)}
+    cannot = mock.patch.object(exchange_file.mmap, "mmap", side_effect=OSError("no way in"))
+    with cannot if rank == 3 else nullcontext():
+        found["no memory"] = attempt(workers)
+    found["not the same"] = attempt(workers[:: -1 if rank == 2 else 1])
+    found["at last"] = attempt(workers)
+    return {name: on_all_ranks(text) for name, text in found.items()}

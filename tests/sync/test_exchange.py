@@ -1,0 +1,84 @@
+"""The exchange on four ranks, which stand on one host or on two pretended ones: what rank 0 reads by the
+manifests, what is sent, and what memory it takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from support.jobs_exchange import Case
+from support.ranks import run_ranks
+
+from megatron_dapo.layout import Layout
+from megatron_dapo.sync.exchange import SEND_BUFFERS
+from megatron_dapo.sync.plan import MESSAGES_PER_CHUNK
+
+ARRANGEMENTS = ("aaaa", "aabb", "abab")
+# model, layout, type of the engines, and with which arrangements no host holds the whole model
+LAYOUTS = (
+    ("dense", Layout(tp=2, pp=2), "float32", {"aabb", "abab"}),
+    ("dense", Layout(tp=2, dp=2), "bfloat16", {"abab"}),
+    ("tied", Layout(pp=2, dp=2), "float32", {"aabb"}),
+    ("tied", Layout(tp=2, pp=2, vpp=2), "bfloat16", {"aabb", "abab"}),
+    ("dense", Layout(dp=4), "float32", set()),
+    ("experts", Layout(tp=2, sp=True, dp=2, ep=2), "float32", {"abab"}),
+)
+CASES = {
+    f"{model}, {layout.describe()}, {dtype}, {hosts}": Case(
+        model=model, layout=layout, hosts=hosts, dtype=dtype
+    )
+    for model, layout, dtype, _ in LAYOUTS
+    for hosts in ARRANGEMENTS
+}
+SENDS = [hosts in sending for *_, sending in LAYOUTS for hosts in ARRANGEMENTS]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return run_ranks("support.jobs_exchange:run", 4, cases=CASES)[0]
+
+
+@pytest.mark.parametrize(("name", "sends"), zip(CASES, SENDS, strict=True))
+def test_three_pushes_equal_a_direct_fill(found, name, sends):
+    of_case = found["cases"][name]
+    assert of_case["wrong"] == []
+    assert of_case["rounds"] == [of_case["planned rounds"]] * 3 and of_case["planned rounds"] > 2
+    assert of_case["sent"] == [of_case["planned"]] * 3
+    assert (of_case["planned"] > 0) == sends
+
+
+def test_an_engine_that_is_left_out_is_sent_nothing_and_catches_up(found):
+    left_out = found["left out"]
+    of_all, of_others = left_out["planned"]
+    assert left_out["untouched"] and left_out["wrong"] == []
+    assert left_out["sent"] == [of_all, of_others, of_all] and of_others < of_all
+
+
+def test_two_chunks_of_a_worker_and_two_messages_are_all_the_memory(found):
+    for rank, memory in enumerate(found["memory"]):
+        chunks, messages = 2 * memory["chunk"], SEND_BUFFERS * memory["chunk"] // MESSAGES_PER_CHUNK
+        assert 0.9 * chunks < memory["extra"] <= chunks + messages, rank
+        assert memory["grown"] < memory["extra"] + (1 << 20), rank
+        assert memory["worker"] > 4 * (memory["extra"] + (1 << 20)), "a copy of all would be noticed"
+
+
+def test_workers_that_come_and_go_leave_no_memory_and_no_open_files(found):
+    workers = found["workers"]
+    assert workers["unchanged"], "nothing is made for the same workers again"
+    assert workers["wrong"] == []
+    for of_rank in workers["left"]:
+        assert of_rank[2:4] == of_rank[4:6] == of_rank[6:]
+
+
+def test_every_rank_learns_what_is_wrong(found):
+    errors = found["errors"]
+    for text in errors["elsewhere"]:
+        assert text == (
+            "UserError: tp1 on a is on host c: engines on hosts without policy ranks are not supported yet; "
+            "start it on one of a, b"
+        )
+    for text in errors["no memory"]:
+        assert text.startswith("UserError: rank 3 cannot share memory with the other processes of host b: no")
+    assert all("the same workers" in text for text in errors["not the same"])
+    assert errors["at last"] == ["done"] * 4
