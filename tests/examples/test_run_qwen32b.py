@@ -52,6 +52,11 @@ def tiny_shape(tmp_path) -> Path:
     return folder
 
 
+AS_FROM_A_TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 # Both ranks of a torchrun that runs until each was told to stop; the file says that they are ready.
 TORCHRUN = """#!/bin/sh
 echo python "$@"
@@ -97,7 +102,8 @@ def launch(tmp_path):
         env = {**clean, "PATH": f"{tmp_path}:{clean['PATH']}", **environment}
         env["PYTHON"] = str(tmp_path / "python")
         pipe = subprocess.PIPE
-        command = ["bash", str(SCRIPT), *arguments]
+        # a shell cannot trap what it was started to ignore, as everything in a script's background is
+        command = [sys.executable, "-c", AS_FROM_A_TERMINAL, "bash", str(SCRIPT), *arguments]
         started.append(
             subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
         )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from megatron_dapo.sync.vllm.extension import WorkerExtension
 
 from megatron_dapo.environment import ENGINE_VARIABLE
+from megatron_dapo.sync.vllm.extension import WorkerExtension
 from megatron_dapo.sync.vllm.receiver import WeightReceiver
 
 VARIABLE = "DAPO_TEST_PUSH_FAULT"
