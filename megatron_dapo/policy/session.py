@@ -4,6 +4,7 @@ this rank's coordinates in them. Every model of the process (policy, reference) 
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import socket
@@ -198,6 +199,7 @@ def stop() -> None:
     """Destroy the groups; the process may start others afterwards."""
     global _session
     leave()
+    gc.collect()  # a group that is still referred to when Python ends aborts the process, in gloo's threads
     if _session is not None:
         _session.channel.close()
     _session = None
