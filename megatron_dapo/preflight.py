@@ -309,7 +309,7 @@ def verifier_can_be_called(facts: Facts) -> None:
 
 def ports_are_free(facts: Facts) -> None:
     """Nobody listens where the engines will."""
-    from megatron_dapo.rollout.server import checked_port
+    from megatron_dapo.rollout.ports import checked_port
 
     rollout = facts.config.rollout
     if rollout.base_port is not None:

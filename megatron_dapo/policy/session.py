@@ -121,6 +121,13 @@ def start(layout: Layout, backend: Backend, *, remedy: str = "start it again") -
         num_ranks=dist.get_world_size(),
     )
     lifeline = _start_lifeline(channel, remedy)
+    start_megatron(layout)
+    _session = _describe(layout, backend, channel, lifeline)
+    return _session
+
+
+def start_megatron(layout: Layout) -> None:
+    """Megatron's process groups, in a torch.distributed that runs. Collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -130,8 +137,6 @@ def start(layout: Layout, backend: Backend, *, remedy: str = "start it again") -
         expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=True,
     )
-    _session = _describe(layout, backend, channel, lifeline)
-    return _session
 
 
 def _start_lifeline(channel: ControlChannel, remedy: str) -> Lifeline | None:

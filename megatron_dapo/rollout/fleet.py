@@ -17,12 +17,11 @@ from typing import Any
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed
-from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, Request, RestartBudget
+from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, Request, RestartBudget, last_words
 from megatron_dapo.rollout.router import Router
 from megatron_dapo.types import Completion, Partial
 
 MAX_FAILURES = 3  # of one request, before it ends the run
-LAST_LOOKS, LOOK_S = 20, 0.1  # a server whose engine has died gets 2 s to write its last words into the log
 # What may go wrong with an engine; anything else is a fault of this code.
 ENGINE_ERRORS = (EngineDied, RequestFailed, TimeoutError, OSError, UserError)
 
@@ -275,7 +274,7 @@ class Fleet:
     async def _replace(self, replica: Replica, client: Client, *, hung: bool) -> None:
         """Stop a replica that failed, say why with the words of its log, and start it again."""
         await client.close()
-        replica.error += await _last_words(replica, hung=hung)
+        replica.error += await last_words(replica, hung=hung)
         self._message(replica.error)
         await asyncio.to_thread(replica.server.stop)
         await self.router.until(lambda: replica.in_flight == 0, raise_the_end=False)
@@ -325,7 +324,7 @@ class Fleet:
             replica.error = f"{replica.name} did not start: {_words(error)}"
             if client is not None:  # it came up, so the error does not quote the log yet
                 await client.close()
-                replica.error += await _last_words(replica, hung=isinstance(error, TimeoutError))
+                replica.error += await last_words(replica, hung=isinstance(error, TimeoutError))
             self._message(replica.error)
             await asyncio.to_thread(replica.server.stop)
             self.router.notify()
@@ -385,15 +384,6 @@ class Fleet:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.router.end(error)  # a fault of this code ends the run with its traceback
-
-
-async def _last_words(replica: Replica, *, hung: bool) -> str:
-    """What the log of a failed server says. One that is about to end is given time to write it."""
-    for _ in range(0 if hung else LAST_LOOKS):
-        if replica.server.poll() is not None:
-            break
-        await asyncio.sleep(LOOK_S)
-    return f"\n{replica.server.log_tail()}"
 
 
 def _words(error: BaseException) -> str:

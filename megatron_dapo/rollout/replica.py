@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal, Protocol
 from megatron_dapo.types import Completion, Partial
 
 HOUR_S = 3600.0
+LAST_LOOKS, LOOK_S = 20, 0.1  # a server whose engine has died gets 2 s to write its last words into the log
 
 
 class Server(Protocol):
@@ -101,3 +103,12 @@ class RestartBudget:
             return False
         self._granted_at.append(now)
         return True
+
+
+async def last_words(replica: Replica, *, hung: bool) -> str:
+    """What the log of a failed server says. One that is about to end is given time to write it."""
+    for _ in range(0 if hung else LAST_LOOKS):
+        if replica.server.poll() is not None:
+            break
+        await asyncio.sleep(LOOK_S)
+    return f"\n{replica.server.log_tail()}"

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,9 +30,9 @@ from megatron_dapo.environment import (
 )
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.errors import OUT_OF_FILES, EngineDied, out_of_files
+from megatron_dapo.rollout.ports import LOOPBACK, checked_port, free_port
 from megatron_dapo.rollout.server_log import quote_log
 
-LOOPBACK = "127.0.0.1"
 STOP_GRACE_S = 10.0
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # On a CPU vLLM gives a lone worker a process of its own, to set its threads; `environment` sets them for all.
@@ -268,7 +267,7 @@ class EngineServer:
 
     def _choose_port(self) -> int:
         if self._rollout.base_port is None:
-            return _free_port(self._address)
+            return free_port(self._address)
         return checked_port(self._rollout.base_port, self.index, self._address)
 
 
@@ -347,22 +346,6 @@ def _ended(pid: int) -> os.waitid_result | None:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
 
 
-def checked_port(base_port: int, index: int, address: str = LOOPBACK) -> int:
-    """The fixed port of engine `index`; UserError when it cannot be used."""
-    port = base_port + index
-    with _probe(address) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"rollout.base_port={base_port}: port {port} for engine {index} cannot be used "
-                f"({getattr(error, 'strerror', error)}); choose another rollout.base_port, or null to pick "
-                f"free ports"
-            ) from error
-    return port
-
-
 def _group_is_alive(group: int) -> bool:
     """Whether a process group has a member that is not a zombie."""
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -373,24 +356,6 @@ def _group_is_alive(group: int) -> bool:
         if int(its_group) == group and state not in "ZX":
             return True
     return False
-
-
-_given_ports: set[int] = set()
-
-
-def _free_port(address: str = LOOPBACK) -> int:
-    """A port nobody listens on, not given out by this process before (servers bind seconds later)."""
-    while True:
-        with _probe(address) as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
-        if port not in _given_ports:
-            _given_ports.add(port)
-            return port
-
-
-def _probe(address: str) -> socket.socket:
-    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
 
 
 def vllm_device() -> Literal["cpu", "cuda"]:

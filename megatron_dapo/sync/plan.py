@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dapo.errors import UserError
+from megatron_dapo.sync.regions import MappedBox, row_major
 from megatron_dapo.sync.sinks import Sink, SinkTable
 from megatron_dapo.sync.sources import Holdings
 
@@ -218,9 +219,9 @@ def _pieces(table: SinkTable, held: Holdings, dtype: str, limit: int) -> Iterato
     whole = [(None, _whole(name, held)) for name in table.whole]
     for number, sink in (*enumerate(table.sinks), *whole):
         to = dtype if number is None else table.dtypes[sink.parameter]
-        item_size, found = item_bytes(to), 0
+        item_size, found, wanted = item_bytes(to), 0, MappedBox(sink.start, sink.size)
         for part in held.get(sink.source, ()):
-            if box := part.box.intersection(sink.start, sink.size):
+            if box := part.box.common(wanted):
                 found += math.prod(box.size)
                 for piece in _split(sink.part(box.start, box.size), limit // item_size):
                     yield _Piece(piece, number, part.ranks, to, math.prod(piece.size) * item_size)
@@ -239,8 +240,7 @@ def _whole(name: str, held: Holdings) -> Sink:
         max(part.box.start[dim] + part.box.size[dim] for part in parts)
         for dim in range(len(parts[0].box.size) if parts else 0)
     )
-    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return Sink(name, name, (0,) * len(shape), shape, 0, stride)
+    return Sink(name, name, (0,) * len(shape), shape, 0, row_major(shape))
 
 
 def _split(sink: Sink, limit: int) -> Iterator[Sink]:

@@ -8,6 +8,7 @@ handed back with `set_failed`, upon which the rollout wing restarts it; the othe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,6 +24,7 @@ from megatron_dapo.sync.plan import Worker
 from megatron_dapo.sync.sink_checks import problems
 from megatron_dapo.sync.sinks import SinkTable
 from megatron_dapo.sync.sources import LocalWeights, holdings
+from megatron_dapo.sync.transport import Transport
 from megatron_dapo.weights.hf import DTYPES
 from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard
@@ -111,16 +113,17 @@ class Publisher:
 
     def __init__(
         self,
-        exchange: Exchange,
+        transport: Transport,
         share: Callable[[Any], Any],
         *,
         shapes: Shapes,
         dtype: str,
         verify: Verify = "first",
     ) -> None:
-        self._exchange, self._share = exchange, share
+        self._transport, self._share = transport, share
         self._shapes, self._dtype, self._verify = shapes, dtype, verify
         self._tables: dict[str, list[SinkTable]] = {}  # rank 0: of every replica that was ever reached
+        self._known: dict[str, SinkTable] = {}  # rank 0: every different table, by what was answered
         self._reached: dict[str, Client] = {}  # rank 0: who has told its tables; a restarted replica is new
         self._workers: list[Worker] = []  # all ranks: of the same replicas
         self._num_pushes = 0
@@ -136,9 +139,9 @@ class Publisher:
         workers, engines = self._agree(lambda: self._begin(push) if push else (None, []))
         if workers is not None:
             self._workers = workers
-        self._exchange.set_workers(self._workers)
+        self._transport.set_workers(self._workers)
         verify, self._num_pushes = self._verifies(), self._num_pushes + 1
-        for chunks in self._exchange.rounds(LocalWeights(shards), version, engines=engines, verify=verify):
+        for chunks in self._transport.rounds(LocalWeights(shards), version, engines=engines, verify=verify):
             if push:
                 push.send(chunks)
         if push:
@@ -165,14 +168,24 @@ class Publisher:
 
     def _begin(self, push: _Push) -> tuple[list[Worker] | None, list[str]]:
         """Rank 0: all workers, or None if they are known; and the replicas that take part."""
-        known = {table.digest: table for tables in self._tables.values() for table in tables}
-        found = push.tables_of_new(self._reached, self._shapes, self._dtype)
-        for name, tables in found.items():
-            if tables != self._tables.get(name):
+        answers = push.tables_of_new(self._reached, self._shapes, self._dtype)
+        for name, of_workers in answers.items():
+            tables = [self._table(name, answer) for answer in of_workers]
+            if tables not in self._tables.values():  # many engines are alike: each kind is checked once
                 _check(name, tables, self._shapes)
-        self._tables |= {name: [known.setdefault(t.digest, t) for t in found[name]] for name in found}
+            self._tables[name] = tables
         push.begin()
-        return push.workers(self._tables) if found else None, push.following
+        return push.workers(self._tables) if answers else None, push.following
+
+    def _table(self, name: str, answer: Any) -> SinkTable:
+        """What a replica's worker has answered; of equal answers, one object."""
+        text = json.dumps(answer)
+        if text not in self._known:
+            try:
+                self._known[text] = SinkTable.from_json(answer)
+            except ValueError as error:
+                raise UserError(f"{name} has told a sink table that cannot be used: {error}") from error
+        return self._known[text]
 
 
 def make_publisher(
@@ -211,16 +224,13 @@ class _Push:
         except Exception as error:
             self._mistake = error
 
-    def tables_of_new(
-        self, reached: dict[str, Client], shapes: Shapes, dtype: str
-    ) -> dict[str, list[SinkTable]]:
-        """The sink tables of the workers of replicas that have not told theirs, which are then `reached`."""
-        found: dict[str, list[SinkTable]] = {}
+    def tables_of_new(self, reached: dict[str, Client], shapes: Shapes, dtype: str) -> dict[str, list[Any]]:
+        """The answers of replicas that have not told their workers' sink tables; they are then `reached`."""
+        found: dict[str, list[Any]] = {}
 
         async def ask(name: str, client: Client) -> None:
             if reached.get(name) is not client:
-                answers = await client.sink_tables(shapes, dtype)
-                found[name] = [SinkTable.from_json(answer) for answer in answers]
+                found[name] = await client.sink_tables(shapes, dtype)
                 reached[name] = client
 
         self._on_all("begin", ask)
@@ -244,8 +254,8 @@ class _Push:
         """Hand over a round, and return while the engines load it: what the round before it has come to is
         known by then.
         """
-        self._answers()
         infos = {name: [manifest.to_json() for manifest in manifests] for name, manifests in chunks.items()}
+        self._answers()
         self._answers = self._begin_on_all("send", lambda name, client: client.update_weights(infos[name]))
 
     def commit(self) -> None:
@@ -264,16 +274,14 @@ class _Push:
             version=self._version, committed=tuple(self.following), failures=tuple(self._failures)
         )
 
-    def _on_all(self, phase: Phase, what: Call, names: Sequence[str] | None = None) -> None:
-        self._begin_on_all(phase, what, names)()
+    def _on_all(self, phase: Phase, what: Call) -> None:
+        self._begin_on_all(phase, what)()
 
-    def _begin_on_all(
-        self, phase: Phase, what: Call, names: Sequence[str] | None = None
-    ) -> Callable[[], None]:
-        """Begin a call on every replica that still follows, or on `names` of them. Calling the result waits
-        for the answers; who failed follows no longer.
+    def _begin_on_all(self, phase: Phase, what: Call) -> Callable[[], None]:
+        """Begin a call on every replica that still follows. Calling the result waits for the answers; who
+        failed follows no longer.
         """
-        asked = list(self.following if names is None else names)
+        asked = list(self.following)
         if self._mistake is not None or not asked:
             return lambda: None
         try:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.weights.names import ROWS, Row, hf_shapes
 from megatron_dapo.weights.slices import Shard, Slice, slices_of
 
@@ -18,25 +19,10 @@ Extent = tuple[int, ...]  # a corner, or a size, by dimension
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """Elements [start : start + size] of a tensor, in every dimension."""
-
-    start: Extent
-    size: Extent
-
-    def intersection(self, start: Extent, size: Extent) -> Box | None:
-        """What both have in common; None if that is nothing."""
-        first = tuple(map(max, self.start, start))
-        last = (min(a + m, b + n) for a, m, b, n in zip(self.start, self.size, start, size, strict=True))
-        common = tuple(end - begin for begin, end in zip(first, last, strict=True))
-        return Box(first, common) if all(extent > 0 for extent in common) else None
-
-
-@dataclass(frozen=True, slots=True)
 class Held:
     """A part of a Hugging Face tensor, and the ranks that hold it, all with the same values."""
 
-    box: Box
+    box: MappedBox
     ranks: tuple[int, ...]
 
 
@@ -50,7 +36,7 @@ def holdings(model: ModelSpec, layout: Layout) -> Holdings:
     Together the parts of a tensor are the whole of it.
     """
     shapes, ranks = hf_shapes(model), _ranks_by_part(layout)
-    found: dict[str, dict[Box, list[int]]] = {name: {} for name in shapes}
+    found: dict[str, dict[MappedBox, list[int]]] = {name: {} for name in shapes}
     for row in ROWS:
         if row.needs is not None and not getattr(model, row.needs):
             continue
@@ -123,8 +109,8 @@ def _ranks_by_part(layout: Layout) -> dict[tuple[bool, int, int, int], list[int]
     return found
 
 
-def _box(piece: Slice, shape: Extent) -> Box:
-    return Box(
+def _box(piece: Slice, shape: Extent) -> MappedBox:
+    return MappedBox(
         tuple(piece.hf_start if dim == piece.dim else 0 for dim in range(len(shape))),
         tuple(piece.size if dim == piece.dim else extent for dim, extent in enumerate(shape)),
     )

@@ -6,13 +6,13 @@ import pytest
 from support.engines import Engines
 from support.service import Service
 
-from megatron_dapo.rollout import fleet
+from megatron_dapo.rollout import replica
 
 
 @pytest.fixture(autouse=True)
 def no_wait_for_last_words(monkeypatch):
     """Fake servers write nothing into their logs while they end."""
-    monkeypatch.setattr(fleet, "LOOK_S", 0.0)
+    monkeypatch.setattr(replica, "LOOK_S", 0.0)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from megatron_dapo.environment import DIGEST_VARIABLE
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout import server as server_module
 from megatron_dapo.rollout.client import EngineClient, EngineDied
+from megatron_dapo.rollout.ports import free_port
 from megatron_dapo.rollout.server import EngineServer, EngineStartTimeout
 
 
@@ -140,7 +141,7 @@ def test_a_port_in_use_is_said_before_the_start(tmp_path):
 
 
 def test_free_ports_are_given_out_once():
-    ports = [server_module._free_port() for _ in range(50)]
+    ports = [free_port() for _ in range(50)]
     assert len(set(ports)) == 50
 
 

@@ -11,40 +11,33 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_dapo.config import PolicyConfig
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.sync.sources import Box
+from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.weights.names import hf_shapes, row_of
 from megatron_dapo.weights.slices import slices_of
 
 
-def held_in_megatron(model: ModelSpec, layout: Layout) -> list[dict[str, set[Box]]]:
+def held_in_megatron(model: ModelSpec, layout: Layout) -> list[dict[str, set[MappedBox]]]:
     """By rank, the boxes of every Hugging Face tensor that the model which Megatron builds there holds.
 
     To be called in a process of its own: the CPU backend changes torch for good.
     """
     from megatron.core import parallel_state
 
-    from megatron_dapo.policy import backend
+    from megatron_dapo.policy import backend, session
 
     backend.CPU.prepare()
     new_group, found = dist.new_group, []
     for rank in range(layout.world_size):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         with mock.patch.object(dist, "new_group", lambda ranks=None, **_: new_group(ranks, backend="fake")):
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                pipeline_model_parallel_size=layout.pp,
-                virtual_pipeline_model_parallel_size=layout.vpp,
-                context_parallel_size=layout.cp,
-                expert_model_parallel_size=layout.ep,
-                expert_tensor_parallel_size=layout.etp,
-            )
+            session.start_megatron(layout)
         found.append(_held_here(model, layout))
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     return found
 
 
-def _held_here(model: ModelSpec, layout: Layout) -> dict[str, set[Box]]:
+def _held_here(model: ModelSpec, layout: Layout) -> dict[str, set[MappedBox]]:
     from megatron.core import parallel_state
 
     from megatron_dapo.policy import backend
@@ -68,5 +61,5 @@ def _held_here(model: ModelSpec, layout: Layout) -> dict[str, set[Box]]:
         for part in slices_of(name, model, tp=tp, tp_rank=tp_rank):
             start, size = [0] * len(shapes[part.hf]), list(shapes[part.hf])
             start[part.dim], size[part.dim] = part.hf_start, part.size
-            found.setdefault(part.hf, set()).add(Box(tuple(start), tuple(size)))
+            found.setdefault(part.hf, set()).add(MappedBox(tuple(start), tuple(size)))
     return found

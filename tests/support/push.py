@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from megatron_dapo.rollout.client import EngineClient
 from megatron_dapo.sync.manifest import Checksum, Manifest, Piece
 from megatron_dapo.sync.plan import Parcel, Plan, Worker, make_plan
+from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.sync.sinks import SinkTable
-from megatron_dapo.sync.sources import Box, Held, Holdings
+from megatron_dapo.sync.sources import Held, Holdings
 
 CHUNK_BYTES = 50_000  # less than the layers of the tests' models: they come in parts
 GAP = 64  # bytes before every chunk: none begins at a page
@@ -79,7 +80,7 @@ def halves(tensors: Mapping[str, torch.Tensor]) -> Holdings:
         cut = shape[0] // 2
         boxes = [((0,), cut), ((cut,), shape[0] - cut)]
         rest = (0,) * (len(shape) - 1)
-        held[name] = tuple(Held(Box(at + rest, (n, *shape[1:])), (0,)) for at, n in boxes if n)
+        held[name] = tuple(Held(MappedBox(at + rest, (n, *shape[1:])), (0,)) for at, n in boxes if n)
     return held
 
 

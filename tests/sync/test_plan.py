@@ -26,8 +26,9 @@ from support.weights import make_weights, small_model
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
 from megatron_dapo.sync.plan import Plan, Worker, make_plan
+from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.sync.sinks import Sink, SinkTable
-from megatron_dapo.sync.sources import Box, Held, holdings
+from megatron_dapo.sync.sources import Held, holdings
 
 TESTS = Path(__file__).parents[1]
 SIZES = dict(num_layers=4, hidden_size=8, num_heads=8, num_kv_heads=4, head_dim=2, ffn_size=16, vocab_size=13)
@@ -149,7 +150,7 @@ def worker(host: str, device: int = 0, table: SinkTable | None = None) -> Worker
     return Worker(engine=f"on {host}", rank=0, host=host, device=device, table=table or one_sink())
 
 
-HELD = {"w": (Held(Box((0,), (4,)), (1, 2, 3)),)}  # of four ranks on two hosts
+HELD = {"w": (Held(MappedBox((0,), (4,)), (1, 2, 3)),)}  # of four ranks on two hosts
 HOSTS = ["a", "a", "b", "b"]
 
 
@@ -233,7 +234,7 @@ def test_larger_elements_come_first_so_that_all_are_aligned():
 
 
 def test_tensors_that_a_loader_computes_with_are_sent_whole():
-    held = {"w": (Held(Box((0, 0), (2, 3)), (0,)), Held(Box((2, 0), (2, 3)), (1,)))}
+    held = {"w": (Held(MappedBox((0, 0), (2, 3)), (0,)), Held(MappedBox((2, 0), (2, 3)), (1,)))}
     table = SinkTable((), whole=("w",), dtypes={}, shapes={})
     plan = make_plan([worker("a", table=table)], held, HOSTS, chunk_bytes=1024, dtype="bfloat16")
     [first, second] = plan.messages

@@ -6,11 +6,12 @@ import pytest
 
 from megatron_dapo.sync.plan import Worker, make_plan
 from megatron_dapo.sync.plan_report import H100, Bandwidths, report
+from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.sync.sinks import Sink, SinkTable
-from megatron_dapo.sync.sources import Box, Held
+from megatron_dapo.sync.sources import Held
 
 TABLE = SinkTable((Sink("p.w", "w", (0,), (4,), 0, (1,)),), dtypes={"p.w": "float32"}, shapes={"p.w": (4,)})
-HELD = {"w": (Held(Box((0,), (4,)), (1, 2, 3)),)}
+HELD = {"w": (Held(MappedBox((0,), (4,)), (1, 2, 3)),)}
 SPEEDS = Bandwidths(same_rank=16.0, inside_host=8.0, between_hosts=4.0)
 
 
@@ -51,7 +52,7 @@ def test_seconds_of_links_that_work_at_once():
 
 
 def test_the_busiest_end_of_a_link_counts():
-    only_rank_3 = {"w": (Held(Box((0,), (4,)), (3,)),)}
+    only_rank_3 = {"w": (Held(MappedBox((0,), (4,)), (3,)),)}
     sending = a_report(("c", 0), ("d", 0), held=only_rank_3)
     assert sending["seconds"]["between_hosts"] == 8.0  # one rank sends 32 bytes
     receiving = a_report(("a", 0), ("a", 2), held=only_rank_3)

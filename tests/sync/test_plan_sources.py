@@ -13,7 +13,8 @@ from support.planning import local_weights
 from support.weights import make_weights, small_model
 
 from megatron_dapo.layout import Layout
-from megatron_dapo.sync.sources import Box, Held, holdings
+from megatron_dapo.sync.regions import MappedBox
+from megatron_dapo.sync.sources import Held, holdings
 
 SIZES = dict(num_layers=4, hidden_size=8, num_heads=4, num_kv_heads=2, head_dim=2, ffn_size=8, vocab_size=7)
 DENSE = small_model(**SIZES)
@@ -24,14 +25,14 @@ EXPERTS = small_model(**SIZES, num_experts=4, experts_per_token=2, qk_norm=True,
 def test_by_hand():
     held = holdings(DENSE, Layout(tp=2, pp=2, dp=2))  # stage 0 is ranks 0 to 3, of which 0 and 2 are tp 0
     assert held["model.embed_tokens.weight"] == (
-        Held(Box((0, 0), (4, 8)), (0, 2)),
-        Held(Box((4, 0), (3, 8)), (1, 3)),  # 7 words
+        Held(MappedBox((0, 0), (4, 8)), (0, 2)),
+        Held(MappedBox((4, 0), (3, 8)), (1, 3)),  # 7 words
     )
     assert held["model.layers.1.self_attn.o_proj.weight"] == (
-        Held(Box((0, 0), (8, 4)), (0, 2)),
-        Held(Box((0, 4), (8, 4)), (1, 3)),
+        Held(MappedBox((0, 0), (8, 4)), (0, 2)),
+        Held(MappedBox((0, 4), (8, 4)), (1, 3)),
     )
-    assert held["model.layers.2.input_layernorm.weight"] == (Held(Box((0,), (8,)), (4, 5, 6, 7)),)
+    assert held["model.layers.2.input_layernorm.weight"] == (Held(MappedBox((0,), (8,)), (4, 5, 6, 7)),)
     assert held["lm_head.weight"][0].ranks == (4, 6)
 
 
@@ -54,8 +55,8 @@ def test_an_interleaved_pipeline_deals_its_layers_out():
 def test_experts_by_hand():
     held = holdings(EXPERTS, Layout(tp=2, sp=True, dp=2, ep=2))
     assert [held[f"model.layers.0.mlp.experts.{e}.up_proj.weight"] for e in (1, 2)] == [
-        (Held(Box((0, 0), (8, 8)), (0, 2)),),
-        (Held(Box((0, 0), (8, 8)), (1, 3)),),
+        (Held(MappedBox((0, 0), (8, 8)), (0, 2)),),
+        (Held(MappedBox((0, 0), (8, 8)), (1, 3)),),
     ]
 
 
@@ -84,7 +85,7 @@ def test_every_rank_holds_what_megatron_gives_it(clean_process, model, layout):
     held = holdings(model, layout)
     in_megatron = clean_process.submit(held_in_megatron, model, layout).result()
     for rank in range(layout.world_size):
-        planned: dict[str, set[Box]] = {}
+        planned: dict[str, set[MappedBox]] = {}
         for name, parts in held.items():
             for part in parts:
                 if rank in part.ranks:

@@ -10,6 +10,7 @@ import pytest
 from support.replicas import HOST, Client, EngineDied, Fleet
 
 from megatron_dapo.errors import UserError
+from megatron_dapo.sync import publish as publish_file
 from megatron_dapo.sync.manifest import Manifest
 from megatron_dapo.sync.plan import Worker
 from megatron_dapo.sync.publish import Failure, Publisher, PublishReport, Verify
@@ -158,6 +159,24 @@ def test_an_engine_that_would_not_take_all_weights_is_refused_before_it_gets_any
     with pytest.raises(UserError, match=r"b would not take .* 2 of 4 elements are never written"):
         make_publisher(Exchange()).publish([], 5, fleet)
     assert fleet.clients["a"].calls == fleet.clients["b"].calls == ["tables"]
+
+
+def test_many_engines_that_are_alike_are_checked_once_and_share_their_tables(monkeypatch):
+    checked = []
+    monkeypatch.setattr(publish_file, "problems", lambda tables, shapes: checked.append(tables) or [])
+    fleet, exchange = Fleet(**{f"engine_{i}": client() for i in range(32)}), Exchange()
+    make_publisher(exchange).publish([], 5, fleet)
+    assert len(checked) == 1 and len({id(worker.table) for worker in exchange.workers}) == 1
+    assert len(exchange.workers) == 32
+
+
+def test_an_engine_of_another_version_is_named():
+    class Newer(Client):
+        async def sink_tables(self, shapes: Any, dtype: str) -> list[Any]:
+            return [TABLE.to_json() | {"format": 99}]
+
+    with pytest.raises(UserError, match=r"a has told a sink table that .* be used: .*format=99 is"):
+        make_publisher(Exchange()).publish([], 5, Fleet(a=Newer()))
 
 
 @pytest.mark.parametrize(

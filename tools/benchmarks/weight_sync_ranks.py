@@ -147,8 +147,8 @@ def measure_all(
     publisher = make_publisher(config, spec, dist.get_rank(), hosts, control)
     pushes = measurement.pushes(publisher, count)
     kept: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(kept, publisher._exchange.extra_bytes, group=control)
-    publisher._exchange.set_workers([])  # gives its memory back
+    dist.all_gather_object(kept, publisher._transport.extra_bytes, group=control)
+    publisher._transport.set_workers([])  # gives its memory back
     measured = {"pushes": pushes, "peak_extra_bytes_sender": max(kept), "baselines": {}}
     if server:
         measured["lower_bound_bytes"] = [shard_bytes(table) for table in server.client.tables]
@@ -157,7 +157,7 @@ def measure_all(
     if FULL_GATHER in baselines:
         publisher = make_publisher(config, spec, dist.get_rank(), hosts, control)
         measured["baselines"][FULL_GATHER] = measurement.pushes(publisher, count)
-        publisher._exchange.set_workers([])
+        publisher._transport.set_workers([])
     if RELOAD in baselines:
         measured["baselines"][RELOAD] = measurement.reloads(config, spec, count)
     return measured
