@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import round_up
-from megatron_dapo.sync.manifest import Checksum, Manifest, Piece
-from megatron_dapo.sync.plan import Message, Parcel, Plan, Worker, make_plan
-from megatron_dapo.sync.sinks import SinkTable
+from megatron_dapo.sync.chunks import checksum, manifests, pack
+from megatron_dapo.sync.manifest import Checksum, Manifest
+from megatron_dapo.sync.plan import Message, Plan, Worker, make_plan
 from megatron_dapo.sync.sources import Holdings, LocalWeights
 
 SEND_BUFFERS = 2  # of one message each: while one is under way to another host the next is packed
@@ -69,7 +68,7 @@ class Exchange:
             self._staging = None  # the old memory is gone before there is new memory
         plan = make_plan(workers, self._held, self._hosts, chunk_bytes=self._chunk_bytes, dtype=self._dtype)
         self._staging = _Staging(plan, self._rank, self._control)
-        self._manifests = _manifests(self._staging, self._dtype) if self._rank == 0 else []
+        self._manifests = manifests(plan, self._staging.place, self._dtype) if self._rank == 0 else []
 
     def rounds(
         self, weights: LocalWeights, version: int, *, engines: Collection[str], verify: bool
@@ -142,9 +141,9 @@ class _Staging:
         checksums: dict[int, list[Checksum]] = {}
 
         def write(message: Message, target: torch.Tensor) -> None:
-            _pack(message.parcel, weights, target)
+            pack(message.parcel, weights, target)
             if verify:
-                checksums.setdefault(message.worker, []).append(_checksum(message.parcel, target))
+                checksums.setdefault(message.worker, []).append(checksum(message.parcel, target))
 
         far = [(tag, message) for tag, message in enumerate(messages) if self._goes_far(message)]
         receiving = [
@@ -259,24 +258,6 @@ def _places(plan: Plan, carriers: Sequence[int]) -> tuple[list[int], list[int]]:
     return starts, sizes
 
 
-# --- messages and manifests -------------------------------------------------------------
-
-
-@torch.no_grad()
-def _pack(parcel: Parcel, weights: LocalWeights, target: torch.Tensor) -> None:
-    """Cast the parcel's elements to its type and lay them end to end in `target` (bytes)."""
-    values = target.view(getattr(torch, parcel.dtype))
-    sizes = [copy.sink.num_elements for copy in parcel.copies]
-    for copy, place in zip(parcel.copies, values.split(sizes), strict=True):
-        sink = copy.sink
-        place.view(sink.size).copy_(weights.view(sink.source, sink.start, sink.size))
-
-
-def _checksum(parcel: Parcel, packed: torch.Tensor) -> Checksum:
-    digest = xxhash.xxh3_64_hexdigest(packed.numpy().data)
-    return Checksum(offset=parcel.offset, num_bytes=parcel.num_bytes, xxh3=digest)
-
-
 def _gathered(checksums: dict[int, list[Checksum]], control: Any) -> dict[int, list[Checksum]]:
     """Those of all ranks, on rank 0, in the order of their chunk. Collective."""
     found: list[Any] = [None] * dist.get_world_size(control)
@@ -287,60 +268,3 @@ def _gathered(checksums: dict[int, list[Checksum]], control: Any) -> dict[int, l
         for worker, some in of_rank.items():
             by_worker.setdefault(worker, []).extend(some)
     return {w: sorted(some, key=lambda checksum: checksum.offset) for w, some in by_worker.items()}
-
-
-def _manifests(staging: _Staging, dtype: str) -> list[list[Manifest]]:
-    """By round and worker; version and checksums are a push's. `dtype`: of tensors sent whole."""
-    plan, made = staging.plan, []
-    digests = _digests(plan.workers)
-    pieces: dict[int, list[Piece]] = {}  # by parcel, which workers with equal tables have in common
-    for number, messages in enumerate(plan.rounds):
-        chunks: list[list[Piece]] = [[] for _ in plan.workers]
-        num_bytes = [0] * len(plan.workers)
-        for message in messages:
-            parcel = message.parcel
-            if id(parcel) not in pieces:
-                pieces[id(parcel)] = _pieces(parcel)
-            chunks[message.worker] += pieces[id(parcel)]
-            num_bytes[message.worker] += parcel.num_bytes
-        made.append([])
-        for worker, chunk in enumerate(chunks):
-            path, offset = staging.place(number, worker)
-            manifest = Manifest(
-                version=0,
-                table=digests[worker],
-                path=path,
-                offset=offset,
-                num_bytes=num_bytes[worker],
-                dtype_whole=dtype,
-                pieces=tuple(chunk),
-            )
-            made[-1].append(manifest)
-    return made
-
-
-def _pieces(parcel: Parcel) -> list[Piece]:
-    return [
-        Piece(
-            sink=copy.number,
-            source=copy.sink.source if copy.number is None else None,
-            start=copy.sink.start,
-            size=copy.sink.size,
-            offset=copy.offset,
-        )
-        for copy in parcel.copies
-    ]
-
-
-def _digests(workers: Sequence[Worker]) -> list[str]:
-    """Of the workers' tables; equal ones are digested once."""
-    known: list[tuple[SinkTable, str]] = []
-
-    def digest(table: SinkTable) -> str:
-        for other, found in known:
-            if table is other or table == other:
-                return found
-        known.append((table, table.digest))
-        return known[-1][1]
-
-    return [digest(worker.table) for worker in workers]
