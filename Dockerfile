@@ -3,6 +3,10 @@
 #   docker build --build-arg BASE=<PyTorch image of NVIDIA's NGC catalog, with Python 3.12 and torch 2.13> -t megatron_dapo .
 # The container's own torch, TransformerEngine and apex stay. vLLM's wheel is linked against another build of torch, so vLLM is
 # compiled here against this one (MAX_JOBS limits the compiler's memory; about 5 GB a job).
+# Instead, the engines can have a virtual environment with vLLM's own wheel, and rollout.python=/opt/engines/bin/python:
+#   python -m venv /opt/engines
+#   PIP_CONSTRAINT= /opt/engines/bin/pip install vllm==0.32.0 xxhash
+#   /opt/engines/bin/pip install --no-deps /opt/megatron_dapo
 ARG BASE
 FROM ${BASE}
 ARG VLLM=0.32.0

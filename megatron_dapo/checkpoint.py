@@ -29,6 +29,7 @@ from megatron_dapo.policy.model import gather_weights
 from megatron_dapo.policy.optimizer import load_optimizer
 from megatron_dapo.policy.session import Session
 from megatron_dapo.policy.step import Policy
+from megatron_dapo.sync.export import export
 
 FORMAT = 2  # of run.pt and carried.pt
 _NAME = re.compile(r"step_(\d{6})$")
@@ -69,6 +70,14 @@ def find(run_dir: Path, resume: str) -> Path | None:
             f"or a step_* folder"
         )
     return folder
+
+
+def choose(run_dir: Path, resume: str, session: Session) -> tuple[Path | None, RunState | None]:
+    """Collective. The checkpoint to continue from and its state. Rank 0 decides for all: on a network file
+    system hosts may see a new folder at different times.
+    """
+    folder = session.channel.share(find(run_dir, resume) if session.rank == 0 else None)
+    return folder, read_state(folder, session.rank) if folder else None
 
 
 def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Path:
@@ -116,7 +125,8 @@ def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Pa
 
 def set_aside(run_dir: Path, step: int) -> Path | None:
     """Move the run folder's checkpoints away when some are of a later step than the run starts from: they are
-    of another run, and the newest are kept and resumed from. Returns where to. Rank 0 only, after `load`.
+    of another run, and the newest are kept and resumed from. Returns where to. Rank 0 only, when all ranks
+    have loaded theirs.
     """
     folder = run_dir / "checkpoints"
     if not any(int(_NAME.search(p.name)[1]) > step for p in _complete(folder)):  # type: ignore[index]
@@ -125,17 +135,19 @@ def set_aside(run_dir: Path, step: int) -> Path | None:
     return folder.rename(folder.with_name(f"checkpoints.{number}"))
 
 
+def read_state(folder: Path, rank: int) -> RunState:
+    """What `save` was given as the state. UserError for a checkpoint of an earlier version."""
+    step = _read_rest(folder)["step"]
+    rollouts = torch.load(folder / "carried.pt", weights_only=False) if rank == 0 else None
+    return RunState(step=step, rollouts=rollouts)
+
+
 @torch.no_grad()
-def load(folder: Path, policy: Policy) -> RunState:
-    """Collective. Put model, optimizer, schedule and random state back; returns the rest. UserError for a
-    checkpoint of an earlier version.
+def load(folder: Path, policy: Policy) -> None:
+    """Collective. Put model, optimizer, schedule and random state back. UserError for a checkpoint of an
+    earlier version.
     """
-    rest = torch.load(folder / "run.pt", weights_only=False)
-    if rest.get("format") != FORMAT:
-        raise UserError(
-            f"checkpoint.resume: {folder} was written by another version, which keeps its rollouts in "
-            "another form; start a new run with another run.dir, or go on with that version"
-        )
+    rest = _read_rest(folder)
     sharded = _sharded_state(policy, is_loading=True)
     loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
     for number, chunk in enumerate(policy.chunks):
@@ -145,11 +157,28 @@ def load(folder: Path, policy: Policy) -> RunState:
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
     policy.guard.load_state(rest["guard"])
-    rollouts = None
-    if policy.session.rank == 0:
-        rollouts = torch.load(folder / "carried.pt", weights_only=False)
     dist.barrier(group=policy.session.control)  # all have read it
-    return RunState(step=rest["step"], rollouts=rollouts)
+
+
+def _read_rest(folder: Path) -> dict[str, Any]:
+    """run.pt."""
+    rest = torch.load(folder / "run.pt", weights_only=False)
+    if rest.get("format") != FORMAT:
+        raise UserError(
+            f"checkpoint.resume: {folder} was written by another version, which keeps its rollouts in "
+            "another form; start a new run with another run.dir, or go on with that version"
+        )
+    return rest
+
+
+def export_hf(run_dir: Path, policy: Policy) -> Path:
+    """Collective. Write the weights as a Hugging Face checkpoint with tokenizer, in the folder that is
+    returned.
+    """
+    folder, session = run_dir / "hf", policy.session
+    shards, dtype = policy.weight_shards(), policy.config.model.dtype
+    export(shards, policy.spec, dtype, session.rank, session.control, folder, policy.folder)
+    return folder
 
 
 def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Nothing else decides what is trained on.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,21 +15,25 @@ from megatron_dapo.config import RunConfig
 from megatron_dapo.data.prompts import PromptStream, load_rows
 from megatron_dapo.errors import UserError
 from megatron_dapo.evaluate import evaluate
-from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.policy.control import ControlChannel
+from megatron_dapo.policy.session import Session
+from megatron_dapo.rendezvous import Store
 from megatron_dapo.report.sinks import Reporter
 from megatron_dapo.report.step import gap_warning, step_metrics
 from megatron_dapo.reward.grading import Grader
-from megatron_dapo.rollout.hosts import Store
+from megatron_dapo.rollout.hosts import EngineHost, serve_engines
 from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
 from megatron_dapo.rollout.service import RolloutService
 from megatron_dapo.sync.verify import compare_digests
 from megatron_dapo.types import Batch, Collected, Prompt, StepResult
+from megatron_dapo.weights.hf import resolve_folder
 
 T = TypeVar("T")
 Phase = tuple[str, float, float]  # name, begin and end in seconds of time.monotonic()
 # done: with the result; stop: a signal came; push: no engine holds the weights; failed: an error of rank 0
 Outcome = tuple[Literal["done", "stop", "push", "failed"], Any]
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Controller:
@@ -49,11 +53,7 @@ class Controller:
         from transformers import AutoTokenizer
 
         self.config, self.run_dir = config, Path(config.run.dir)
-        step = state.step if state else 0
-        moved = checkpoint.set_aside(self.run_dir, step)
-        self.reporter = Reporter(self.run_dir, config, step + 1 if state else None)
-        if moved:
-            self.reporter.message(f"checkpoints of an earlier run were moved to {moved}")
+        self.reporter = Reporter(self.run_dir, config, state.step + 1 if state else None)
         self.collected: Collected | None = None  # of the running step
         self._counted_for = -1  # weight version of the step that times and failures are counted for
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -77,8 +77,16 @@ class Controller:
         if state:
             assert state.rollouts is not None
             self.service.load_state(state.rollouts)
+        self._handlers = {sign: signal.signal(sign, self._give_up) for sign in STOPPING}
         self.service.start()  # the servers load while the policy is built
-        for sign in (signal.SIGTERM, signal.SIGINT):
+
+    def take_over(self, step: int, resumed_from: Path | None) -> None:
+        """All ranks have their policy, of this step: from now on a signal stops the run between two steps."""
+        if moved := checkpoint.set_aside(self.run_dir, step):
+            self.reporter.message(f"checkpoints of an earlier run were moved to {moved}")
+        started = f"resuming from {resumed_from}" if resumed_from else f"starting in {self.run_dir}"
+        self.reporter.message(started)
+        for sign in STOPPING:
             signal.signal(sign, self._request_stop)
 
     def collect(self, version: int) -> Collected:
@@ -110,9 +118,11 @@ class Controller:
         began: float,
         phases: Sequence[Phase],
         num_updates: int,
+        memory: Mapping[str, float],
     ) -> dict[str, float]:
         """The metrics of the step that has just ended, and its line of facts; says so when engines and policy
         disagree. Hands the groups that it trained on to the report, for tools/replay.py, and forgets them.
+        memory: GiB, by name.
         """
         assert self.collected is not None
         collected, self.collected = self.collected, None
@@ -130,6 +140,7 @@ class Controller:
         )
         if warning := gap_warning(metrics, self.config.report.gap_warning):
             self.reporter.message(warning)
+        metrics |= {f"memory/{name}": gib for name, gib in memory.items()}
         metrics |= self.reporter.engine_metrics(phases)
         self.reporter.facts(step, collected, began=began, phases=phases, trained_tokens=result.num_tokens)
         meta = {"num_updates": result.num_updates}
@@ -166,11 +177,37 @@ class Controller:
         rows = load_rows(path, once.prompt_key, once.answer_key, "evaluation.path")
         return list(iter(PromptStream(rows, tokenizer, once, self.config.run.seed).next, None))
 
+    def _give_up(self, number: int, frame: Any) -> None:
+        """There is nothing to save yet: do what was done at this signal before, without the engines."""
+        self.close()
+        signal.signal(number, self._handlers[signal.Signals(number)])
+        signal.raise_signal(number)
+
     def _request_stop(self, number: int, frame: Any) -> None:
         self.reporter.message(
             f"{signal.Signals(number).name}: stopping after the running update, with a checkpoint"
         )
         self.service.interrupt()
+
+
+def start_engines(
+    config: RunConfig, session: Session, state: checkpoint.RunState | None
+) -> tuple[Controller | None, EngineHost | None]:
+    """Collective. Have the engines of every host started: rank 0 gets its Controller, the first rank of any
+    other host what runs the engines there. `state` as for Controller.
+    """
+    folder = resolve_folder(config.model.path)
+    hosts, store = session.hosts(), session.channel.connection()
+    engine_host = serve_engines(config, folder, session.rank, hosts, store)
+    if session.rank > 0:
+        return None, engine_host
+    return Controller(config, read_model(folder), folder, state, hosts, store), engine_host
+
+
+def ignore_signals() -> None:
+    """On ranks without a Controller."""
+    for sign in STOPPING:
+        signal.signal(sign, signal.SIG_IGN)
 
 
 def on_rank_0(

@@ -5,7 +5,8 @@ whose host has lost its power. On the lifeline both ends send a sign of life eve
 a process that has ended (at once), one that is stopped and a host that is silent (within half a minute).
 A thread watches, whatever the main thread waits for. Silence is counted in signs of life of our own, not in
 seconds: a process that was itself stopped, or whose host slept, takes nobody for dead when it wakes up.
-A process whose interpreter is held by one call for as long as that looks stopped to its peers.
+While one call holds the interpreter, so that the thread cannot run, a process beside ours gives the signs of
+life (pulse.py).
 
 A message is a line: an empty one is a sign of life, others are JSON:
     ["hello", token, name, host] -> ["welcome", host]     a process joins
@@ -22,6 +23,7 @@ import json
 import os
 import selectors
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +31,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from megatron_dapo.errors import UserError
 
@@ -46,12 +49,14 @@ class LifelineRefused(UserError):
 class Clocks:
     """beat_s: between two signs of life. silent_beats: of our own, without one of the peer, after which it
     counts as lost: with the defaults 20 to 24 s. grace_s: how long rank 0 itself has to end after another
-    process said that it failed; often all fail alike, and rank 0 says it better.
+    process said that it failed; often all fail alike, and rank 0 says it better. held_s: how long one call
+    may hold a process's interpreter before the process counts as silent.
     """
 
     beat_s: float = 4.0
     silent_beats: int = 5
     grace_s: float = 30.0
+    held_s: float = 300.0
 
     @property
     def silence_s(self) -> float:
@@ -206,6 +211,12 @@ class Lifeline:
     # --- in the watching thread -------------------------------------------------------------
 
     def _start(self) -> None:
+        self._pulse, theirs = socket.socketpair()
+        command = [sys.executable, "-ISs", str(Path(__file__).with_name("pulse.py"))]
+        command += map(str, (os.getpid(), self._clocks.beat_s, self._clocks.held_s))
+        with theirs:
+            self._beside = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
+        self._vouch(b"+", *(peer.sock for peer in self._peers if peer.sock))
         self._thread.start()
         atexit.register(self.close)
 
@@ -227,12 +238,15 @@ class Lifeline:
         for peer in list(self._peers):
             self._send(peer, self._last_words)
             self._drop(peer)
-        for sock in (self._listener, self._alarm, self._wake_up):
+        self._beside.kill()
+        self._beside.wait()
+        for sock in (self._listener, self._alarm, self._wake_up, self._pulse):
             if sock:
                 sock.close()
         self._selector.close()
 
     def _beat(self) -> None:
+        self._vouch(b".")
         for peer in list(self._peers):
             peer.silent_beats += 1
             if peer.silent_beats <= self._clocks.silent_beats:
@@ -267,6 +281,8 @@ class Lifeline:
             data = peer.sock.recv(LONGEST_LINE)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # it was killed before it had read everything
+            data = b""
         except OSError as error:
             return self._lose(peer, f"is gone ({error.strerror})")
         if not data:
@@ -307,7 +323,9 @@ class Lifeline:
         if known:
             self._peers.remove(known)
         stranger.name, stranger.host, stranger.silent_beats = name, host, 0
+        assert stranger.sock
         self._send(stranger, _line("welcome", socket.gethostname()))
+        self._vouch(b"+", stranger.sock)
 
     def _send(self, peer: _Peer, data: bytes) -> None:
         """A failure, or a full buffer, shows soon enough as silence or an error of reading."""
@@ -315,10 +333,17 @@ class Lifeline:
             with suppress(OSError):
                 peer.sock.send(data)
 
+    def _vouch(self, data: bytes, *connections: socket.socket) -> None:
+        """Say to pulse.py that we are there, and pass new connections on. Without it there is ourselves."""
+        with suppress(OSError):
+            socket.send_fds(self._pulse, [data], [sock.fileno() for sock in connections])
+
     def _drop(self, peer: _Peer) -> None:
         self._peers.remove(peer)
         if peer.sock:
             self._selector.unregister(peer.sock)
+            with suppress(OSError):
+                peer.sock.shutdown(socket.SHUT_RDWR)  # pulse.py has it open, too
             peer.sock.close()
 
     def _lose(self, peer: _Peer, reason: str) -> None:

@@ -33,13 +33,16 @@ VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the checks resolved: where the model is, its sizes, how ranks are arranged and compute."""
+    """What the checks resolved: where the model is, its sizes, how ranks are arranged and compute. planned:
+    for other machines than this one.
+    """
 
     config: RunConfig
     folder: Path
     spec: ModelSpec
     layout: Layout
     on_cpu: bool
+    planned: bool
 
 
 def check(config: RunConfig, *, planned: bool = False) -> Facts:
@@ -61,7 +64,8 @@ def check_training(config: RunConfig, *, planned: bool = False) -> Facts:
     spec = read_model(folder)
     cpu = config.run.device != "cuda" if planned else on_cpu(config)
     rules.check_model(config, spec, on_cpu=cpu)
-    return Facts(config=config, folder=folder, spec=spec, layout=config.layout.to_layout(), on_cpu=cpu)
+    layout = config.layout.to_layout()
+    return Facts(config=config, folder=folder, spec=spec, layout=layout, on_cpu=cpu, planned=planned)
 
 
 def check_settings(config: RunConfig) -> None:
@@ -211,10 +215,24 @@ def lower_mismatch_bound_is_for_masking(config: RunConfig) -> None:
         )
 
 
+def sleeping_engines_are_idle_and_colocated(config: RunConfig) -> None:
+    """With an age, sampling goes on while the policy trains; elsewhere nobody needs their memory."""
+    if config.rollout.sleep is True and not config.rollout.colocated:
+        raise UserError(
+            "rollout.sleep=true with rollout.colocated=false: the policy has no use for the memory of other "
+            "hosts; set rollout.sleep=auto"
+        )
+    if config.rollout.sleep is True and config.sampling.max_age:
+        raise UserError(
+            f"rollout.sleep=true with sampling.max_age={config.sampling.max_age}: engines that sleep while "
+            "the policy trains cannot sample meanwhile; set sampling.max_age=0 or rollout.sleep=auto"
+        )
+
+
 def enough_engines_are_started(config: RunConfig) -> None:
-    """A run cannot need more living engines than it starts."""
+    """A run cannot need more living engines than it starts; how many join it is not known."""
     rollout, hosts = config.rollout, num_hosts()
-    if rollout.min_engines > hosts * rollout.engines:
+    if rollout.colocated and rollout.min_engines > hosts * rollout.engines:
         raise UserError(
             f"rollout.min_engines={rollout.min_engines} exceeds rollout.engines={rollout.engines}"
             f"{f' on each of {hosts} hosts' if hosts > 1 else ''}, the engines that are started; lower it"
@@ -256,6 +274,14 @@ def engines_have_kernels_for_the_heads(facts: Facts) -> None:
             f"model.path={facts.folder}: head_dim={head_dim} is not supported by vLLM's CPU attention, which "
             f"has {sizes}; use another model, or a GPU"
         )
+
+
+def servers_can_be_started(facts: Facts) -> None:
+    """rollout.python, where it is set, has vLLM, and this package as its plugin."""
+    from megatron_dapo.rollout.interpreter import check_interpreter
+
+    if facts.config.rollout.python is not None and not facts.planned:
+        check_interpreter(facts.config.rollout.python)
 
 
 def files_suffice(facts: Facts) -> None:
@@ -312,7 +338,7 @@ def ports_are_free(facts: Facts) -> None:
     from megatron_dapo.rollout.ports import checked_port
 
     rollout = facts.config.rollout
-    if rollout.base_port is not None:
+    if rollout.base_port is not None and rollout.colocated:
         for index in range(rollout.engines):
             checked_port(rollout.base_port, index)
 
@@ -327,6 +353,7 @@ SETTING_RULES: tuple[Callable[[RunConfig], None], ...] = (
     micro_batch_holds_the_longest_sample,
     verification_has_an_export,
     greedy_evaluation_samples_once,
+    sleeping_engines_are_idle_and_colocated,
     template_holds_the_problem,
     examples_need_a_chat,
     lower_mismatch_bound_is_for_masking,
@@ -336,6 +363,7 @@ RUN_RULES: tuple[Callable[[Facts], None], ...] = (
     model_has_the_positions,
     engines_split_the_heads,
     engines_have_kernels_for_the_heads,
+    servers_can_be_started,
     files_suffice,
     data_can_be_read,
     verifier_can_be_called,

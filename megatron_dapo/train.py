@@ -68,11 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
 def describe(config: RunConfig) -> str:
     """The resolved configuration, the layout and the processes a run would start."""
     layout, rollout, hosts = config.layout.to_layout(), config.rollout, preflight.num_hosts()
+    where = f" on each of {hosts} hosts" if hosts > 1 else ""
+    if not rollout.colocated:
+        where = " on each host that joins with python -m megatron_dapo.serve"
     return (
         f"{config.dump()}\n"
         f"# layout: {layout.describe()} = {layout.world_size} policy ranks\n"
         f"# processes: {layout.world_size} policy ranks (rank 0 is the controller), {rollout.engines} vLLM "
-        f"servers{f' on each of {hosts} hosts' if hosts > 1 else ''} of tensor-parallel "
+        f"servers{where} of tensor-parallel "
         f"size {rollout.tensor_parallel}, {config.reward.workers} grading workers\n"
         f"# per step: {config.sampling.prompts_per_step} groups of {config.sampling.samples_per_prompt} "
         f"samples, "

@@ -1,33 +1,30 @@
 """The story of a run: set up, then one step after another. Every rank runs this file; rank 0 also holds the
 Controller.
 
-collect -> samples -> pack -> streams -> updates -> publish -> record -> checkpoint
+collect -> samples -> pack -> (engines sleep) -> streams -> updates -> (they wake) -> publish -> record
 """
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from megatron_dapo import checkpoint
 from megatron_dapo.batching.step_batch import make_batch
+from megatron_dapo.colocation import Colocation
 from megatron_dapo.config import RunConfig
-from megatron_dapo.controller import Controller, Phase, on_rank_0
+from megatron_dapo.controller import Controller, Phase, ignore_signals, on_rank_0, start_engines
 from megatron_dapo.objectives import make_objective
 from megatron_dapo.policy import session
 from megatron_dapo.policy.backend import Backend
 from megatron_dapo.policy.batches import scatter
-from megatron_dapo.policy.guards import NotFinite
+from megatron_dapo.policy.guards import kept_if_not_finite
 from megatron_dapo.policy.step import Policy, combine
-from megatron_dapo.rollout.hosts import serve_engines
 from megatron_dapo.rollout.rollouts import StopRequested
-from megatron_dapo.sync.export import export
+from megatron_dapo.rollout.server import engines_sleep
 from megatron_dapo.sync.publish import make_publisher
 from megatron_dapo.types import Batch, StepResult, UpdateResult
 
@@ -42,29 +39,35 @@ class Trainer:
         self.exhausted, self.phases = False, list[Phase]()  # of the running step
         self.session = session.start(config.layout.to_layout(), backend)
         self.objective = make_objective(config.objective, max_age=config.sampling.max_age)
-        self.policy = Policy(config, self.session, self.objective)
-        rank, hosts, store = self.session.rank, self.session.hosts(), self.session.channel.connection()
-        self.publisher = make_publisher(config, self.policy.spec, rank, hosts, self.session.control)
-        # rank 0 chooses for all: on a network file system hosts may see a new folder at different times
-        resumed_from = checkpoint.find(self.run_dir, config.checkpoint.resume) if rank == 0 else None
-        resumed_from = self.session.channel.share(resumed_from)
-        state = checkpoint.load(resumed_from, self.policy) if resumed_from else None
+        self.resumed_from, state = checkpoint.choose(self.run_dir, config.checkpoint.resume, self.session)
         self.step = state.step if state else 0
         self.saved_step = self.step  # of the newest checkpoint; a fresh run counts as saved, `save` skips it
         self.batch: Batch | None = None  # rank 0: the whole batch of the running step
-        self.controller: Controller | None = None
-        self.engine_host = serve_engines(config, self.policy.folder, rank, hosts, store)
-        if rank == 0:
-            self.controller = Controller(config, self.policy.spec, self.policy.folder, state, hosts, store)
-            self.say(f"resuming from {resumed_from}" if resumed_from else f"starting in {self.run_dir}")
+        self.controller, self.engine_host = start_engines(config, self.session, state)
+        self.colocation = Colocation(self.session, self.controller, takes_turns=engines_sleep(config))
+
+    def build(self) -> None:
+        """The policy and its weights, while the engines start; if they share its devices, when they sleep."""
+        if self.colocation.takes_turns:
+            self.on_rank_0(lambda controller: controller.service.wait_ready())
+            self.colocation.to_policy(None)
+        self.policy = Policy(self.config, self.session, self.objective)
+        rank, control = self.session.rank, self.session.control
+        hosts, store = self.session.hosts(), self.session.channel.connection()
+        self.publisher = make_publisher(self.config, self.policy.spec, rank, hosts, control, store)
+        if self.resumed_from:
+            checkpoint.load(self.resumed_from, self.policy)
+        if self.controller:
+            self.controller.take_over(self.step, self.resumed_from)
         self.session.channel.share()  # rank 0 handles signals now; until here they ended every rank alike
-        if rank > 0:
-            for sign in (signal.SIGTERM, signal.SIGINT):  # rank 0 decides for all when to stop
-                signal.signal(sign, signal.SIG_IGN)
+        if not self.controller:
+            ignore_signals()  # rank 0 decides for all when to stop
 
     def run(self) -> None:
         """Train until run.max_steps, the end of the data, or a signal; then save and export."""
         try:
+            self.build()
+            self.colocation.to_engines(self.policy)
             self.on_rank_0(lambda controller: controller.service.wait_ready())
             self.publish()
             if self.step == 0:
@@ -96,11 +99,15 @@ class Trainer:
             batch = self.collect()
         if batch is None:
             return self.say("the data ended without another informative group")
+        with self.timed("sleep"):
+            self.colocation.to_policy(self.policy)
         with self.timed("old_logprobs"):
             batch = self.policy.streams(batch)
         with self.timed("update"):
             result = self.update(batch)
         self.step += 1
+        with self.timed("wake"):
+            self.colocation.to_engines(self.policy)
         with self.timed("sync"):
             self.publish()
         self.record(batch, result, began)
@@ -123,13 +130,8 @@ class Trainer:
         """All optimizer updates of the step (policy/step.py)."""
         results: list[UpdateResult] = []
         for k in range(len(batch.mini_batches)):
-            try:
+            with kept_if_not_finite(self.batch, self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"):
                 results.append(self.policy.update(batch, k))
-            except NotFinite as error:
-                dump = self.run_dir / f"failed_batch_step_{self.step + 1:06d}.pt"
-                if self.controller:
-                    torch.save(self.batch, dump)
-                raise NotFinite(f"{error}; the batch is in {dump}") from error
             for warning in results[-1].warnings:
                 self.say(warning)
             if self.controller:
@@ -150,8 +152,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.controller:
             times = {"began": began, "phases": self.phases}
-            updates = self.policy.num_updates
-            metrics = self.controller.measure(self.step, batch, result, **times, num_updates=updates)
+            held = {"num_updates": self.policy.num_updates, "memory": self.colocation.memory}
+            metrics = self.controller.measure(self.step, batch, result, **times, **held)
         every, last = self.config.evaluation.every_steps, self.step == self.config.run.max_steps
         try:
             if last or self.exhausted or (every and self.step % every == 0):
@@ -176,10 +178,7 @@ class Trainer:
         """Final checkpoint and Hugging Face export."""
         self.save()
         if self.config.checkpoint.export_hf:
-            policy, rank, control = self.policy, self.session.rank, self.session.control
-            shards, dtype, folder = policy.weight_shards(), self.config.model.dtype, self.run_dir / "hf"
-            export(shards, policy.spec, dtype, rank, control, folder, policy.folder)
-            self.say(f"exported {folder}")
+            self.say(f"exported {checkpoint.export_hf(self.run_dir, self.policy)}")
         if self.config.run.verify_sync:
             compared = self.on_rank_0(lambda controller: controller.verify(self.run_dir / "hf", self.step))
             self.say(f"verified: {compared} parameters in the engines equal a fresh server's on the export")

@@ -18,6 +18,7 @@ from megatron_dapo.types import Collected, GroupFacts, StepResult
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 NOT_OF_A_STEP = {"step", "eval/accuracy", "time/rollouts_wait"}  # added by the reporter and by the trainer
+NOT_OF_A_STEP |= {"memory/policy_training", "memory/policy_sampling"}
 
 
 def test_metrics_page_lists_exactly_what_a_step_reports():

@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).parents[1] / "megatron_dapo"
 
 # Files and folders by floor. A file imports from floors below its own, or from its own without a cycle.
 FLOORS = {
-    5: ("__init__.py", "api.py", "train.py"),
-    4: ("trainer.py", "controller.py", "checkpoint.py", "preflight.py", "evaluate.py"),
+    5: ("__init__.py", "api.py", "train.py", "serve.py"),
+    4: ("trainer.py", "controller.py", "colocation.py", "checkpoint.py", "preflight.py", "evaluate.py"),
     3: ("data/", "reward/", "rollout/", "policy/", "sync/", "report/"),
     2: ("objectives/", "batching/", "weights/"),
     1: (
@@ -29,6 +29,8 @@ FLOORS = {
         "errors.py",
         "environment.py",
         "lifeline.py",
+        "pulse.py",
+        "rendezvous.py",
         "config/",
     ),
 }
@@ -43,6 +45,7 @@ PURE = (
     "errors.py",
     "environment.py",
     "lifeline.py",
+    "pulse.py",
     "objectives/",
     "batching/",
     "weights/names.py",

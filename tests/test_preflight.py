@@ -142,6 +142,10 @@ def test_a_run_that_can_work_passes_with_what_was_resolved(run):
             ["rollout.tensor_parallel=4"],
             "rollout.tensor_parallel=4 does not divide the model's 4 heads (2 key/value",
         ),
+        (
+            ["rollout.python=no/such/python"],
+            "rollout.python=no/such/python is no program that can be run here",
+        ),
         (["data.path=null"], "data.path is required: a .jsonl or .parquet file"),
         (["data.path=no/such.jsonl"], "data.path=no/such.jsonl does not exist"),
         (["evaluation.path=no/such.jsonl"], "evaluation.path=no/such.jsonl does not exist"),
@@ -202,7 +206,8 @@ def test_a_gpu_is_needed_to_run_and_not_to_plan(run):
     with pytest.raises(UserError, match="run.device=cuda but torch sees no GPU"):
         check(config)
     assert not check(config, planned=True).on_cpu
-    assert check(RunConfig.load(None, [*run, "run.device=auto"]), planned=True).on_cpu
+    elsewhere = ["run.device=auto", "rollout.python=/of/another/machine"]
+    assert check(RunConfig.load(None, [*run, *elsewhere]), planned=True).on_cpu
 
 
 def test_a_model_folder_that_is_none_is_refused(run, tmp_path):

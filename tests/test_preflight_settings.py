@@ -139,6 +139,16 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
             "objective.mismatch_low=0.5 is for objective.mismatch_correction=mask, not truncate; set it to "
             "null or mask",
         ),
+        (
+            ["rollout.sleep=true", "sampling.max_age=2"],
+            "rollout.sleep=true with sampling.max_age=2: engines that sleep while the policy trains cannot "
+            "sample meanwhile; set sampling.max_age=0 or rollout.sleep=auto",
+        ),
+        (
+            ["rollout.sleep=true", "sampling.max_age=0", "rollout.colocated=false"],
+            "rollout.sleep=true with rollout.colocated=false: the policy has no use for the memory of other "
+            "hosts; set rollout.sleep=auto",
+        ),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(overrides, message):
@@ -165,7 +175,10 @@ def test_fields_that_do_not_go_together_are_refused(overrides, message):
         ["layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "layout.context_parallel=2"],
         ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true"],
         ["rollout.min_engines=2", "rollout.engines=2"],
+        ["rollout.min_engines=24", "rollout.engines=2", "rollout.colocated=false"],
         ["run.verify_sync=true"],
+        ["rollout.sleep=true", "sampling.max_age=0"],
+        ["rollout.sleep=auto", "sampling.max_age=2"],
         ["evaluation.temperature=0", "evaluation.samples=1"],
         ["policy.fp8.recipe=delayed", "policy.fp8.param_gather=true", "optimizer.cpu_offload=1.0"],
     ],

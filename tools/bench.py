@@ -12,6 +12,8 @@
                                       [--engine tp2] [--pushes 5] [--dtype bf16]
                                       [--baseline full-gather] [--baseline safetensors-reload]
                                       [section.key=value ...]
+    python tools/bench.py delta --model FOLDER --texts prompts.jsonl [--warmup 12] [--updates 4]
+                                [--tokens 512] [--message-bytes 16777216] [section.key=value ...]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32
 prompts x 8 samples of 20 tokens, 2 data-parallel ranks, one vLLM server, strict (sampling.max_age=0). Seconds
@@ -67,6 +69,14 @@ which count as the push's. peak_extra_bytes_sender: memory that the rank with th
 peak_extra_bytes_receiver: resident memory of a worker over what it had before, with the chunks that it maps.
 `baseline`, in the same server: full-gather, every worker is sent the whole model and loads it with vLLM's own
 loaders; safetensors-reload, the ranks export a checkpoint to disk and vLLM reloads it (its reload_weights).
+
+`delta`: what sync/delta.py saves after real updates of one rank on the CPU, with fp32 weights that are cast
+to bf16 for a push. After `warmup` updates and a first push every update is followed by one. Samples are
+pieces of the texts, new ones for each update, with random advantages. changed: share of the elements that
+have other bf16 bits than before, by update; bytes_over_full: bytes sent, over those of all elements. Seconds
+are the processor time of one thread for a GB of weights, medians: sender (compare, encode, keep), receiver
+(apply, check) and one copy in memory. Below break_even_gb_per_second the delta is there earlier than all
+bytes would be, where nothing overlaps.
 """
 
 from __future__ import annotations
@@ -93,6 +103,7 @@ def main() -> None:
     _add_whole_steps(commands)
     _add_parts(commands)
     _add_weight_sync(commands)
+    _add_delta(commands)
     options = parser.parse_args()
     print(json.dumps(importlib.import_module(f"benchmarks.{options.module}").run(options)))
 
@@ -168,6 +179,21 @@ def _add_weight_sync(commands: argparse._SubParsersAction[argparse.ArgumentParse
     )
     push.add_argument("overrides", nargs="*", metavar="section.key=value")
     push.set_defaults(module="weight_sync")
+
+
+def _add_delta(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    delta = commands.add_parser("delta", help="deltas of the weights after real updates")
+    delta.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face checkpoint")
+    delta.add_argument("--texts", type=Path, required=True, help="JSONL file whose rows have a prompt")
+    for name, default, text in (
+        ("warmup", 12, "updates before the first push"),
+        ("updates", 4, "measured updates"),
+        ("tokens", 512, "tokens of an update"),
+        ("message-bytes", 1 << 24, "bytes of a parcel"),
+    ):
+        delta.add_argument(f"--{name}", type=int, default=default, help=text)
+    delta.add_argument("overrides", nargs="*", metavar="section.key=value")
+    delta.set_defaults(module="delta")
 
 
 if __name__ == "__main__":

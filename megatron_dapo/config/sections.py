@@ -121,6 +121,11 @@ class PolicyConfig(Section):
 
 class RolloutConfig(Section):
     engines: PositiveInt = Field(default=1, description="Number of vLLM servers on every host.")
+    colocated: bool = Field(
+        default=True,
+        description="Engines run on the hosts of the policy's ranks; false: on none of them, but on those "
+        "that join with python -m megatron_dapo.serve, which hosts may do either way.",
+    )
     tensor_parallel: PositiveInt = Field(default=1, description="Tensor-parallel size of each server.")
     max_tokens: PositiveInt = Field(default=1024, description="Longest response, tokens (the paper's L_max).")
     temperature: float = Field(
@@ -132,6 +137,22 @@ class RolloutConfig(Section):
     )
     base_port: int | None = Field(
         default=None, description="Engine i listens on base_port + i; null picks free ports."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Python interpreter that runs the servers, on every host, with vLLM and this package "
+        "installed; null: the one that runs the policy.",
+    )
+    load_format: Literal["dummy", "auto"] = Field(
+        default="dummy",
+        description="What the servers start with: 'dummy' weights, since the first push brings all of them, "
+        "or 'auto': they read the checkpoint.",
+    )
+    sleep: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Engines give the memory of weights and cache back while the policy trains, and its "
+        "optimizer state and gradients leave the GPU while they generate; needs colocated and "
+        "sampling.max_age=0. auto: so on GPUs where these are so.",
     )
     memory_utilization: float = Field(
         default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only)."

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -31,6 +33,19 @@ class NotFinite(UserError):
     """Loss, gradient or parameter is NaN or infinite; the parameters are those before the update unless the
     message says otherwise.
     """
+
+
+@contextmanager
+def kept_if_not_finite(batch: Batch | None, path: Path) -> Iterator[None]:
+    """A NotFinite from inside names `path`, which then holds the whole batch; the one rank that has it writes
+    it.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        if batch is not None:
+            torch.save(batch, path)
+        raise NotFinite(f"{error}; the batch is in {path}") from error
 
 
 class Guard:

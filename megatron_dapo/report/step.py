@@ -15,7 +15,7 @@ from megatron_dapo.types import Batch, Collected, StepResult
 COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window")
 COUNTS += ("carried", "carried_over", "left_running", "surplus_dropped", "aborted", "overdue")
 WASTE = ("all_correct", "all_wrong", "outside_window", "surplus")  # why tokens were generated for nothing
-STAGES = ("rollout", "old_logprobs", "update", "sync", "checkpoint", "step")
+STAGES = ("rollout", "sleep", "old_logprobs", "update", "wake", "sync", "checkpoint", "step")
 # Public names of what the policy and the objectives measure; a metric that is not here is reported as
 # objective/<its name>.
 POLICY_NAMES = {

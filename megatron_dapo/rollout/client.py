@@ -1,5 +1,5 @@
-"""The asyncio client of one vLLM server: tokens in, tokens and log-probabilities out, and the weight-update
-calls.
+"""The asyncio client of one vLLM server: tokens in, tokens and log-probabilities out. What concerns the whole
+server is in server_calls.py.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.environment import REQUEST_PREFIX
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.answer import Responses, frames_of
 from megatron_dapo.rollout.asked import Asked
-from megatron_dapo.rollout.connection import CALL_TIMEOUT_S, JSON_PATH, Connection
+from megatron_dapo.rollout.connection import CALL_TIMEOUT_S, JSON_PATH
 from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed, RequestRefused
-from megatron_dapo.rollout.progress import InFlight, ProgressClock, ServerLoad, parse_load
+from megatron_dapo.rollout.progress import InFlight, ProgressClock
+from megatron_dapo.rollout.server_calls import PROBE_TIMEOUT_S, ServerCalls
 from megatron_dapo.rollout.wire import GENERATE_PATH, PARTIALS_PATH, PROGRESS_PATH, TokensFrame
 from megatron_dapo.types import Completion, Partial
 
 JSON_PREFIX = "generate-tokens-"  # of vLLM's names of requests that came over JSON_PATH
-PROBE_TIMEOUT_S = 10.0  # of /health and /metrics
 POLL_S = 1.0  # how often a server that has requests is looked at
 OWN_FILES = (
     256  # open files of a policy rank without its connections: sockets of torch, logs, workers, libraries
@@ -41,7 +41,7 @@ def file_descriptors_needed(rollout: RolloutConfig, num_hosts: int = 1) -> int:
     return OWN_FILES + num_hosts * rollout.engines * (rollout.max_concurrency + 4)
 
 
-class EngineClient:
+class EngineClient(ServerCalls):
     """A client of the server at `url`, with its own connections. Use it inside one event loop; `await
     close()` at the end.
 
@@ -52,9 +52,7 @@ class EngineClient:
     """
 
     def __init__(self, url: str, token: str, *, progress_timeout_s: float = 30.0) -> None:
-        self.url = url
-        self._connection = Connection(url, token)
-        self._progress_timeout_s = progress_timeout_s
+        super().__init__(url, token, progress_timeout_s=progress_timeout_s)
         self._in_flight = InFlight()
         self._clock = ProgressClock(time.monotonic())
         self._watching: asyncio.Task[None] | None = None
@@ -296,14 +294,6 @@ class EngineClient:
         self._paused = False
         self._clock.answered(time.monotonic())
 
-    async def health(self) -> bool:
-        """True if the server says within PROBE_TIMEOUT_S that its engine works. EngineDied if it is gone."""
-        try:
-            await self._connection.call("GET", "/health", timeout_s=PROBE_TIMEOUT_S)
-        except (RequestFailed, TimeoutError):
-            return False
-        return True
-
     async def warm_up(self, timeout_s: float) -> None:
         """Generate one token. A server's first request compiles and allocates, so it takes many times longer
         than others; and an engine that cannot run its model at all shows it here.
@@ -325,68 +315,3 @@ class EngineClient:
                     pass
         except TimeoutError as error:
             raise TimeoutError(f"{self.url} did not generate a first token within {timeout_s:g} s") from error
-
-    async def load(self, timeout_s: float = PROBE_TIMEOUT_S) -> ServerLoad:
-        """What the server counts about itself. UserError if its statistics are switched off."""
-        text = await self._connection.call("GET", "/metrics", timeout_s=timeout_s)
-        load = parse_load(text)
-        if load is None:
-            raise UserError(
-                f"{self.url}/metrics counts no generated tokens, so a hung engine looks like a busy one; "
-                "take --disable-log-stats out of rollout.extra_args"
-            )
-        return load
-
-    async def wait_idle(self, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        """Return when the server runs no request any more. One that was cancelled here ends there a moment
-        later.
-        """
-        deadline = time.monotonic() + timeout_s
-        pause_s = 0.002
-        while True:
-            try:
-                return await self.reset_prefix_cache()
-            except RequestFailed:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.05)
-
-    async def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes. RequestFailed while requests run, for then vLLM keeps the cache."""
-        answer = await self._connection.call("POST", "/reset_prefix_cache")
-        if not answer["success"]:
-            raise RequestFailed(
-                f"{self.url} kept its prefix cache because requests are running; pause or finish them first",
-                "busy",
-            )
-
-    async def init_weight_transfer(self, info: dict[str, Any] | None = None) -> None:
-        """Prepare the server for weight pushes; once after its start."""
-        await self._connection.call("POST", "/init_weight_transfer_engine", {"init_info": info or {}})
-
-    async def sink_tables(self, shapes: Mapping[str, Sequence[int]], dtype: str) -> list[Any]:
-        """What each worker needs of a checkpoint of these tensors (sync/sinks.py: SinkTable.to_json)."""
-        kwargs = {"shapes": {name: list(shape) for name, shape in shapes.items()}, "dtype": dtype}
-        body = {"method": "megatron_dapo_sink_table", "kwargs": kwargs}
-        return (await self._connection.call("POST", "/collective_rpc", body))["results"]
-
-    async def start_weight_update(self) -> None:
-        """Begin a push. What the server held until now is lost with the first chunk."""
-        await self._weight_call("/start_weight_update")
-
-    async def update_weights(self, info: list[dict[str, Any]]) -> None:
-        """Hand over a chunk for each worker (sync/manifest.py); when this returns nobody reads the memory."""
-        await self._weight_call("/update_weights", {"update_info": info})
-
-    async def finish_weight_update(self, version: str) -> None:
-        """Make the update current. RequestFailed naming every parameter that was not loaded in full."""
-        await self._weight_call("/finish_weight_update", {"weight_version": version})
-
-    async def _weight_call(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """TimeoutError after `progress_timeout_s`: plenty for a chunk, and for the repacking at the end."""
-        await self._connection.call("POST", path, body, timeout_s=self._progress_timeout_s)
-
-    async def weight_version(self) -> str:
-        """The version of the last finished update; 'default' before the first."""
-        return (await self._connection.call("GET", "/weight_info"))["weight_version"]

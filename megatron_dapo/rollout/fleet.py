@@ -11,23 +11,17 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from megatron_dapo.config import RolloutConfig
-from megatron_dapo.errors import UserError
 from megatron_dapo.rollout.errors import EngineDied, EngineStalled, RequestFailed
-from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, Request, RestartBudget, last_words
+from megatron_dapo.rollout.replica import Client, Replica, ReplicaState, Request
 from megatron_dapo.rollout.router import Router
+from megatron_dapo.rollout.upkeep import ENGINE_ERRORS, EngineFailure, Upkeep
 from megatron_dapo.types import Completion, Partial
 
 MAX_FAILURES = 3  # of one request, before it ends the run
-# What may go wrong with an engine; anything else is a fault of this code.
-ENGINE_ERRORS = (EngineDied, RequestFailed, TimeoutError, OSError, UserError)
-
-
-class EngineFailure(UserError):
-    """Too few engines live, or a request fails wherever it is sent. The message names the root causes."""
 
 
 class Fleet:
@@ -49,9 +43,17 @@ class Fleet:
         self.version: int | None = None  # the weights that may be sampled from
         self.request_failures: Counter[str] = Counter()  # by reason
         self.router = Router(self.replicas, rollout.max_concurrency)
-        self._rollout, self._connect, self._message = rollout, connect, message
-        self._budget = RestartBudget(rollout.max_restarts, clock)
-        self._tasks: set[asyncio.Task[None]] = set()  # replicas on their way up or down
+        self.before_start: Callable[[Replica], Awaitable[None]] = _at_once  # a server starts when it returns
+        self._rollout, self._message = rollout, message
+        self._upkeep = Upkeep(
+            rollout,
+            self.replicas,
+            self.router,
+            connect,
+            message=message,
+            before_start=lambda replica: self.before_start(replica),
+            clock=clock,
+        )
         self._in_flight: dict[str, Request] = {}  # those with a key, by the id that their server knows
         self._numbers = itertools.count()
 
@@ -60,8 +62,7 @@ class Fleet:
     async def start(self) -> None:
         """Start every server; returns at once."""
         for replica in self.replicas:
-            replica.state = ReplicaState.STARTING
-            self._in_background(self._first_start(replica))
+            self._upkeep.start(replica)
 
     async def wait_ready(self) -> None:
         """Return when every server has come up or failed to, and rollout.min_engines are up. EngineFailure if
@@ -76,9 +77,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Close the clients and stop the servers, whatever state they are in."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._upkeep.close()
         for replica in self.replicas:
             client, replica.client, replica.state = replica.client, None, ReplicaState.DEAD
             if client is not None:
@@ -208,10 +207,11 @@ class Fleet:
             await self._on_each(self._with_clients(), "going on", lambda client: client.resume(), limit_s)
         self.router.paused = False
         for replica in self.replicas:
-            if replica.state is ReplicaState.DRAINING:
+            if replica.state is ReplicaState.DRAINING and not replica.leaving:
                 current = replica.version == self.version
                 replica.state = ReplicaState.READY if current else ReplicaState.STALE
         self.router.dispatch()
+        self.router.notify()
 
     async def push_targets(self) -> list[str]:
         """Names of the replicas that are healthy, each probed now; those that are not are restarted."""
@@ -230,10 +230,10 @@ class Fleet:
         """Run `what(name, client)` for these replicas at once; the result or error of each. Never raises."""
 
         async def on(name: str) -> Any:
-            client = self._named(name).client
-            if client is None:
-                raise EngineDied(f"{name} failed meanwhile: {self._named(name).error}")
-            return await what(name, client)
+            replica = self._named(name)
+            if replica is None or replica.client is None:
+                raise EngineDied(f"{name} failed meanwhile: {replica.error if replica else 'it has left'}")
+            return await what(name, replica.client)
 
         results = await asyncio.gather(*(on(name) for name in names), return_exceptions=True)
         return dict(zip(names, results, strict=True))
@@ -241,114 +241,44 @@ class Fleet:
     def set_ready(self, name: str, version: int) -> None:
         """The replica holds this version now."""
         replica = self._named(name)
-        if replica.client is not None:
-            replica.version, replica.state = version, ReplicaState.READY
+        if replica and replica.client is not None:
+            replica.version = version
+            replica.state = ReplicaState.DRAINING if replica.leaving else ReplicaState.READY
         self.expect(version)
 
     def set_failed(self, name: str, phase: str, error: BaseException) -> None:
         """Restart the replica: what it holds is unknown. `phase` says what it failed in, for the console."""
-        replica = self._named(name)
-        self._fail(replica, replica.client, phase, error)
+        if replica := self._named(name):
+            self._fail(replica, replica.client, phase, error)
 
     def restart_dead(self) -> None:
         """Start replicas again that were left dead because too many had been restarted within an hour."""
-        for replica in self.replicas:
-            if replica.state is ReplicaState.DEAD and not replica.replacing and self._budget.grant():
-                replica.replacing = True
-                self._in_background(self._bring_up(replica))
+        self._upkeep.restart_dead()
 
-    # --- failures
+    # --- replicas that come, fail and go
+
+    def add(self, replica: Replica) -> None:
+        """Start one more; it serves after the next push."""
+        self.replicas.append(replica)
+        self._upkeep.start(replica)
+
+    def leave(self, names: Collection[str], out: Callable[[], None]) -> None:
+        """Take replicas out once they have ended their requests; `out` is called then."""
+        self._upkeep.leave([replica for replica in self.replicas if replica.name in names], out)
+
+    def lose(self, names: Collection[str], reason: str) -> None:
+        """Take replicas out whose host is gone."""
+        self._upkeep.lose([replica for replica in self.replicas if replica.name in names], reason)
 
     def _fail(self, replica: Replica, client: Client | None, phase: str, error: BaseException) -> None:
-        """Take a replica out and replace it. Nothing happens if that has begun, or if `client` is no longer
-        its client.
-        """
-        if client is None or replica.client is not client:
-            return
-        replica.client, replica.state, replica.version = None, ReplicaState.DEAD, None
-        replica.replacing = True
-        replica.error = f"{replica.name} failed while {phase}: {_words(error)}"
-        self._in_background(self._replace(replica, client, hung=isinstance(error, TimeoutError)))
-        self.router.dispatch()
-
-    async def _replace(self, replica: Replica, client: Client, *, hung: bool) -> None:
-        """Stop a replica that failed, say why with the words of its log, and start it again."""
-        await client.close()
-        replica.error += await last_words(replica, hung=hung)
-        self._message(replica.error)
-        await asyncio.to_thread(replica.server.stop)
-        await self.router.until(lambda: replica.in_flight == 0, raise_the_end=False)
-        await self._restart(replica)
-
-    async def _first_start(self, replica: Replica) -> None:
-        if not await self._try_start(replica):
-            await self._restart(replica)
-
-    async def _bring_up(self, replica: Replica) -> None:
-        """After a restart was granted: start, and start again while that is granted too."""
-        self._message(f"{replica.name} is started again")
-        if not await self._try_start(replica):
-            await self._restart(replica)
-
-    async def _restart(self, replica: Replica) -> None:
-        """Start again if this may be; else leave the replica dead, and end the run if too few live."""
-        if self._budget.grant():
-            return await self._bring_up(replica)
-        replica.state, replica.replacing = ReplicaState.DEAD, False
-        living = sum(other.state is not ReplicaState.DEAD or other.replacing for other in self.replicas)
-        if living < self._rollout.min_engines:
-            self.router.end(EngineFailure(self._why_too_few(living)))
-        else:
-            self._message(
-                f"{replica.name} is left out: {self._used_up()}; the run goes on with {living} of "
-                f"{len(self.replicas)} engines"
-            )
-            self.router.dispatch()
-
-    async def _try_start(self, replica: Replica) -> bool:
-        """Whether the server came up; it then has no weights but those of the model folder."""
-        replica.state = ReplicaState.STARTING
-        client: Client | None = None
-        try:
-            replica.server.start()
-            await replica.server.wait_healthy(self._rollout.start_timeout_s)
-            client = self._connect(replica.server)
-            await client.warm_up(self._rollout.start_timeout_s)
-            await client.init_weight_transfer()
-        except asyncio.CancelledError:
-            if client is not None:
-                await client.close()
-            raise
-        except ENGINE_ERRORS as error:
-            replica.was_started = True
-            replica.error = f"{replica.name} did not start: {_words(error)}"
-            if client is not None:  # it came up, so the error does not quote the log yet
-                await client.close()
-                replica.error += await last_words(replica, hung=isinstance(error, TimeoutError))
-            self._message(replica.error)
-            await asyncio.to_thread(replica.server.stop)
-            self.router.notify()
-            return False
-        replica.client, replica.state, replica.version = client, ReplicaState.STALE, None
-        replica.was_started, replica.replacing = True, False
-        self.router.dispatch()
-        self.router.notify()
-        return True
-
-    def _why_too_few(self, living: int) -> str:
-        errors = "\n".join(replica.error for replica in self.replicas if replica.error)
-        return (
-            f"{living} of {len(self.replicas)} engines live, fewer than "
-            f"rollout.min_engines={self._rollout.min_engines}, and {self._used_up()}\n{errors}"
-        )
-
-    def _used_up(self) -> str:
-        return f"rollout.max_restarts={self._rollout.max_restarts} is used up for this hour"
+        """Take a replica out and replace it, unless `client` is no longer its client."""
+        self._upkeep.fail(replica, client, phase, error)
 
     # --- plumbing
 
-    def _named(self, name: str) -> Replica:
-        return next(replica for replica in self.replicas if replica.name == name)
+    def _named(self, name: str) -> Replica | None:
+        """None when it has left."""
+        return next((replica for replica in self.replicas if replica.name == name), None)
 
     def _with_clients(self) -> list[Replica]:
         return [replica for replica in self.replicas if replica.client is not None]
@@ -375,16 +305,6 @@ class Fleet:
             *(on(replica, replica.client) for replica in replicas if replica.client is not None)
         )
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.router.end(error)  # a fault of this code ends the run with its traceback
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+async def _at_once(replica: Replica) -> None:
+    """Nothing has to be waited for."""

@@ -1,8 +1,8 @@
 """Engines of other hosts than rank 0's, through torchrun's store.
 
 Rank 0 never starts a process elsewhere. Its RemoteServer writes down that an engine is to run; an EngineHost,
-a thread of the first rank of that host, reads it, starts or stops the server as its own child, and writes
-back how it is. What the store says of engine N (under megatron_dapo/):
+a thread of the first rank of that host (or of serve.py where there is no rank), reads it, starts or stops the
+server as its own child, and writes back how it is. What the store says of engine N (under megatron_dapo/):
 
     engine/N/wanted     {"start": number of this start, "runs": whether it shall, "token": the run's}
     engine/N/found      {"start": as above, "url", "code": null or the exit code, "log": its last words}
@@ -15,7 +15,6 @@ import asyncio
 import atexit
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
+from megatron_dapo.rendezvous import Store, address_towards
 from megatron_dapo.rollout.replica import Server
 from megatron_dapo.rollout.server import EngineStartTimeout, make_server, until_healthy
 
@@ -33,13 +33,28 @@ LOG_S = 5.0  # how old the quoted log of an engine that runs may be
 SILENT_S = 30.0  # without a sign of life a host counts as gone; longer than it takes to stop an engine
 
 
-class Store(Protocol):
-    """What is used of torch.distributed.Store; nothing that waits."""
+class SignsOfLife:
+    """Whether something still counts up a `key` of the store. `clock` counts seconds."""
 
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def add(self, key: str, amount: int, /) -> int: ...
+    def __init__(self, store: Store, key: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._key, self._clock = store, key, clock
+        self._count, self._heard_at = 0, clock()
+
+    def are_missing(self) -> bool:
+        """Whether there were some, and none within SILENT_S; time in which nobody asked does not count."""
+        count = self._store.add(self._key, 0)
+        if count != self._count:
+            self._count, self._heard_at = count, self._clock()
+        return count > 0 and self._clock() - self._heard_at > SILENT_S
+
+    async def another(self) -> bool:
+        """Return at the next one, or False when they are missing."""
+        count = self._store.add(self._key, 0)
+        while self._store.add(self._key, 0) == count:
+            if self.are_missing():
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
 
 
 class ChildServer(Server, Protocol):
@@ -83,7 +98,7 @@ class EngineHost:
         with suppress(RuntimeError):  # the store has ended; so will the run
             while not self._closing.wait(POLL_S):
                 for engine in self._engines:
-                    self._store.add(_alive(self._host), 1)  # often: to stop an engine takes seconds
+                    self._store.add(alive_key(self._host), 1)  # often: to stop an engine takes seconds
                     engine.look()
         for engine in self._engines:
             engine.stop()
@@ -148,15 +163,24 @@ class _Engine:
 
 
 class RemoteServer:
-    """Rank 0's side of engine `index` on `host`: a Server as the fleet has them."""
+    """Rank 0's side of engine `index` on `host`: a Server as the fleet has them. signs_of_life: that of the
+    host.
+    """
 
     def __init__(
-        self, store: Store, index: int, host: str, token: str, *, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        index: int,
+        host: str,
+        token: str,
+        *,
+        signs_of_life: SignsOfLife | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.index, self.host = index, host
         self._store, self._token, self._clock = store, token, clock
         self._start = 0
-        self._signs_of_life, self._heard_at = 0, clock()
+        self._signs_of_life = signs_of_life or SignsOfLife(store, alive_key(host), clock)
 
     @property
     def url(self) -> str:
@@ -178,7 +202,7 @@ class RemoteServer:
             return 0
         if (code := self._state().get("code")) is not None:
             return code
-        return 1 if self._host_is_gone() else None
+        return 1 if self._signs_of_life.are_missing() else None
 
     async def wait_healthy(self, timeout: float) -> None:
         """Return when /health answers 200. EngineDied or EngineStartTimeout, both with the end of the log."""
@@ -186,8 +210,8 @@ class RemoteServer:
         while not self._state() and self.poll() is None:
             if self._clock() - began > timeout:
                 raise EngineStartTimeout(
-                    f"engine {self.index} was not started by the ranks of {self.host} within {timeout:g} s; "
-                    "raise rollout.start_timeout_s if they still build the policy"
+                    f"engine {self.index} was not started on {self.host} within {timeout:g} s; raise "
+                    "rollout.start_timeout_s if the ranks there still build the policy"
                 )
             await asyncio.sleep(POLL_S)
         await until_healthy(self, max(0.0, timeout - (self._clock() - began)))
@@ -203,7 +227,7 @@ class RemoteServer:
 
     def log_tail(self) -> str:
         """What the server's log says about an end, as its host has read it."""
-        if self._host_is_gone():
+        if self._signs_of_life.are_missing():
             return f"  | {self.host} has given no sign of life for {SILENT_S:g} s"
         return self._state().get("log", f"  | {self.host} has not started it")
 
@@ -216,51 +240,35 @@ class RemoteServer:
         found = _read(self._store, _found(self.index))
         return found if found["start"] == self._start else {}
 
-    def _host_is_gone(self) -> bool:
-        """Whether the host was heard of, and not within SILENT_S; time that nobody asked does not count."""
-        signs = self._store.add(_alive(self.host), 0)
-        if signs != self._signs_of_life:
-            self._signs_of_life, self._heard_at = signs, self._clock()
-        return signs > 0 and self._clock() - self._heard_at > SILENT_S
-
 
 def serve_engines(
     config: RunConfig, folder: Path, rank: int, host_of_rank: Sequence[str], store: Store
 ) -> EngineHost | None:
-    """What this rank has to do for the engines of its host: something on the first rank of each host but rank
-    0's, whose engines are rank 0's children. Engines are numbered by host, in the order of the ranks.
+    """What this rank has to do for the engines of its host: with rollout.colocated something on the first
+    rank of each host but rank 0's, whose engines are rank 0's children. Engines are numbered by host, in the
+    order of the ranks.
     """
     host = host_of_rank[rank]
-    if host == host_of_rank[0] or host_of_rank.index(host) != rank:
+    if not config.rollout.colocated or host == host_of_rank[0] or host_of_rank.index(host) != rank:
         return None
     count = config.rollout.engines
     first = list(dict.fromkeys(host_of_rank)).index(host) * count
     address = address_towards(os.environ["MASTER_ADDR"])
+    return run_engines(config, folder, store, host, range(first, first + count), address)
+
+
+def run_engines(
+    config: RunConfig, folder: Path, store: Store, host: str, numbers: range, address: str
+) -> EngineHost:
+    """The EngineHost of the engines with these numbers, on the model in `folder`; they listen on
+    `address`.
+    """
 
     def make(index: int, token: str) -> ChildServer:
-        name, slot = f"engine_{index}", index - first
+        name, slot = f"engine_{index}", index - numbers.start
         return make_server(config, index, folder, token, digests=name, slot=slot, address=address)
 
-    return EngineHost(store, host, range(first, first + count), make)
-
-
-def address_towards(host: str) -> str:
-    """The address of this host that `host` sees; nothing is sent. UserError when there is no way to it."""
-    reason: OSError | None = None
-    try:
-        for family, kind, _, _, target in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
-            try:
-                with socket.socket(family, kind) as probe:
-                    probe.connect(target)
-                    return probe.getsockname()[0]
-            except OSError as error:
-                reason = error
-    except OSError as error:
-        reason = error
-    raise UserError(
-        f"MASTER_ADDR={host} cannot be reached from {socket.gethostname()} ({reason}); give an address of "
-        "the first node that all nodes reach"
-    )
+    return EngineHost(store, host, numbers, make)
 
 
 def _read(store: Store, key: str) -> dict[str, Any]:
@@ -276,5 +284,6 @@ def _found(index: int) -> str:
     return f"megatron_dapo/engine/{index}/found"
 
 
-def _alive(host: str) -> str:
+def alive_key(host: str) -> str:
+    """That an EngineHost counts up."""
     return f"megatron_dapo/engine_host/{host}"

@@ -49,6 +49,11 @@ class ReplicaState(StrEnum):
     DEAD = "dead"  # it failed, and is about to be replaced or left out
 
 
+async def _lives() -> bool:
+    """Of a host whose end ends the run."""
+    return True
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """A server, its client while the server is up, and how they are. Only the fleet changes it.
@@ -56,7 +61,8 @@ class Replica:
     version: the weight version it holds; None: those of the model folder. in_flight: sequences of its
     requests that are not answered. unsent: those of them that the router has just given to it and whose
     client was not called yet. error: how it failed last. was_started: its first start has ended, well or
-    not. replacing: it is dead, and on its way to be started again.
+    not. replacing: it is dead, and on its way to be started again. leaving: it gets no further request and is
+    taken out. host, device: where its first worker is. host_lives: whether it may be started there again.
     """
 
     name: str
@@ -69,6 +75,10 @@ class Replica:
     error: str = ""
     was_started: bool = False
     replacing: bool = False
+    leaving: bool = False
+    host: str = ""
+    device: int = 0
+    host_lives: Callable[[], Awaitable[bool]] = _lives
 
     def load(self) -> int:
         """Sequences that it runs, as far as is known: a request is in flight until the longest of its

@@ -16,6 +16,7 @@ from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.collect import Collector
 from megatron_dapo.rollout.fleet import Fleet
 from megatron_dapo.rollout.sample import EvaluationSampling, Grading, GroupSampler
+from megatron_dapo.rollout.sleeping import Sleep
 from megatron_dapo.types import Collected, Completion, Group, Partial, Prompt
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Rollouts:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.fleet = fleet
+        self._sleep = Sleep(fleet)
         self._config, self._prompts = config, prompts
         self._sampler = GroupSampler(
             generate=fleet.generate,
@@ -155,18 +157,31 @@ class Rollouts:
     async def pause(self) -> None:
         """Send no more requests, and return when a push may begin. With sampling.max_age >= 1 and
         rollout.inflight_updates running requests stand still; otherwise they are waited for, but after
-        `interrupt` only their beginnings are kept.
+        `interrupt` only their beginnings are kept. Engines that sleep are paused already.
         """
+        if self._sleep.asleep:
+            return
         if self._stopping and not self._stands_still:
             self._last_state = await self.state()
             await self.collector.stop()
         await self.fleet.pause(keep=self._stands_still)
 
     async def resume(self) -> None:
-        """Go on, by the weights that the fleet holds now."""
+        """Go on, by the weights that the fleet holds now; engines that sleep wake up for it."""
+        if self._sleep.asleep:
+            await self._sleep.wake_cache()
         await self.fleet.resume(kept=self._stands_still)
         if self.fleet.version is not None:
             self.collector.weights_changed(self.fleet.version)
+
+    async def fall_asleep(self) -> None:
+        """Pause; return when no engine holds weights or cache, until `wake_weights` (sleeping.py)."""
+        await self.pause()
+        await self._sleep.fall_asleep()
+
+    async def wake_weights(self) -> None:
+        """Return when a push may begin, after which `resume` wakes the rest."""
+        await self._sleep.wake_weights()
 
     # --- checkpoints
 

@@ -85,7 +85,7 @@ class Router:
                 replica.unsent += waiting.sequences
                 waiting.granted.set_result(replica)
             queue.popleft()
-        states = {replica.state for replica in self._replicas}
+        states = {replica.state for replica in self._replicas if not replica.leaving}
         serving = states & {ReplicaState.READY, ReplicaState.DRAINING}
         waits = bool(self._first or self._waiting)
         if waits and not self.paused and not serving and ReplicaState.STALE in states:

@@ -65,7 +65,8 @@ class EngineStartTimeout(TimeoutError):
 
 class EngineServer:
     """A vLLM server of this host: engine `index` of the run, and `slot` of this host (the same, unless said
-    otherwise). It listens on `address`. `extra_env` is added to its environment last.
+    otherwise). It listens on `address`. `extra_env` is added to its environment last. load_format: with
+    "dummy" its weights are small random numbers until a push brings others. sleeps: it may be put to sleep.
 
     Call `start` from a thread that lives as long as the run: the kernel ends the child when the thread that
     started it ends.
@@ -86,13 +87,15 @@ class EngineServer:
         *,
         slot: int | None = None,
         address: str = LOOPBACK,
+        load_format: Literal["dummy", "auto"] = "auto",
+        sleeps: bool = False,
     ) -> None:
         self.index = index
         self._slot, self._address = index if slot is None else slot, address
         self.model = model
         self.log_path = Path(run_dir) / "logs" / f"engine_{index}.log"
         self._rollout, self._dtype, self._max_model_len, self._seed = rollout, dtype, max_model_len, seed
-        self._token = token
+        self._load_format, self._sleeps, self._token = load_format, sleeps, token
         self._extra_env = dict(extra_env or {})
         self._on_cpu = (device or vllm_device()) == "cpu"
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,7 +121,8 @@ class EngineServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # for the sockets that vLLM leaves behind when it is killed
         self._scratch = tempfile.mkdtemp(prefix="dapo_engine_")
-        command = [sys.executable, "-c", BOOTSTRAP, str(os.getpid()), *self.arguments(self._port)]
+        python = self._rollout.python or sys.executable
+        command = [python, "-c", BOOTSTRAP, str(os.getpid()), *self.arguments(self._port)]
         with open(self.log_path, "ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
@@ -207,9 +211,13 @@ class EngineServer:
             if rollout.tensor_parallel == 1:
                 arguments += ["--distributed-executor-backend", WORKER_IN_ENGINE_CORE]
         else:
-            arguments += ["--enable-sleep-mode", "--gpu-memory-utilization", str(rollout.memory_utilization)]
+            arguments += ["--gpu-memory-utilization", str(rollout.memory_utilization)]
+            if self._sleeps:  # a CPU worker does so without it, and gives nothing back
+                arguments += ["--enable-sleep-mode"]
         if self._extra_env.get(DIGEST_VARIABLE):
             arguments += ["--load-format", PLUGIN]  # sync/vllm/digest.py
+        elif self._load_format == "dummy":
+            arguments += ["--load-format", "dummy"]
         return arguments + list(rollout.extra_args)
 
     def environment(self) -> dict[str, str]:
@@ -321,9 +329,11 @@ def make_server(
     digests: str,
     slot: int | None = None,
     address: str = LOOPBACK,
+    load_format: Literal["dummy", "auto"] | None = None,
 ) -> EngineServer:
-    """The server that `config` describes, on the model in `folder` (EngineServer). With run.verify_sync it
-    writes digests of its parameters into the run's `digests/<digests>`.
+    """The server that `config` describes, on the model in `folder` (EngineServer); load_format: default
+    rollout.load_format. With run.verify_sync it loads the checkpoint, and writes digests of its parameters
+    into the run's `digests/<digests>`.
     """
     extra = {DIGEST_VARIABLE: str(digest_folder(config) / digests)} if config.run.verify_sync else None
     return EngineServer(
@@ -338,6 +348,8 @@ def make_server(
         extra,
         slot=slot,
         address=address,
+        load_format=load_format or config.rollout.load_format,
+        sleeps=engines_sleep(config),
     )
 
 
@@ -356,6 +368,17 @@ def _group_is_alive(group: int) -> bool:
         if int(its_group) == group and state not in "ZX":
             return True
     return False
+
+
+def engines_sleep(config: RunConfig) -> bool:
+    """Whether engines sleep while the policy trains. rollout.sleep=auto: where both are on GPUs, and nothing
+    is sampled meanwhile.
+    """
+    rollout = config.rollout
+    if isinstance(rollout.sleep, bool):
+        return rollout.sleep
+    shares_gpus = rollout.colocated and config.run.device != "cpu" and vllm_device() == "cuda"
+    return shares_gpus and config.sampling.max_age == 0
 
 
 def vllm_device() -> Literal["cpu", "cuda"]:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.rollout.client import EngineClient, file_descriptors_needed
+from megatron_dapo.rollout.errors import EngineDied
 from megatron_dapo.rollout.files import raise_file_limit
 from megatron_dapo.rollout.fleet import ENGINE_ERRORS, EngineFailure, Fleet
 from megatron_dapo.rollout.hosts import RemoteServer, Store
@@ -26,6 +27,7 @@ from megatron_dapo.rollout.replica import Replica
 from megatron_dapo.rollout.rollouts import Prompts, Rollouts
 from megatron_dapo.rollout.sample import EvaluationSampling, Grading
 from megatron_dapo.rollout.server import EngineServer, digest_folder, make_server
+from megatron_dapo.rollout.serving import ServingHosts
 from megatron_dapo.types import Collected, Group, Prompt
 
 T = TypeVar("T")
@@ -77,9 +79,15 @@ class RolloutService:
             stop_token_ids=stop_token_ids,
             progress=progress,
         )
+        self._serving: ServingHosts | None = None
+        if store is not None:
+            here = len(self.fleet.replicas)
+            self._serving = ServingHosts(
+                config, store, self._token, self.fleet, num_engines=here, message=message
+            )
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     # --- life
 
@@ -168,15 +176,30 @@ class RolloutService:
     def resume(self) -> None:
         self._run(self.rollouts.resume())
 
-    def push_targets(self) -> list[str]:
-        """Names of the replicas that are healthy now."""
-        return self._run(self.fleet.push_targets())
+    def fall_asleep(self) -> None:
+        """Pause, and have every engine give its memory back, weights and cache with it (sleeping.py)."""
+        self._run(self.rollouts.fall_asleep())
 
-    def where(self, name: str) -> tuple[str, int]:
-        """The host of the replica, and the number of its first device there."""
-        [index] = [i for i, replica in enumerate(self.fleet.replicas) if replica.name == name]
-        host, slot = divmod(index, self._config.rollout.engines)
-        return self._hosts[host], slot * self._config.rollout.tensor_parallel
+    def wake_weights(self) -> None:
+        """Have the engines take memory for weights again. A push must follow, and `resume`."""
+        self._run(self.rollouts.wake_weights())
+
+    def push_targets(self) -> list[str]:
+        """Names of the replicas that are healthy now, which the calls below are about until the next time:
+        one that fails and is restarted meanwhile holds other weights, and is none of them.
+        """
+
+        async def targets() -> list[str]:
+            names = await self.fleet.push_targets()
+            self._targets = {replica.name: replica.client for replica in self.fleet.replicas}
+            return names
+
+        return self._run(targets())
+
+    def where(self, name: str) -> tuple[str, int] | None:
+        """The host of the replica, and the number of its first device there; None when it has left."""
+        found = (replica for replica in self.fleet.replicas if replica.name == name)
+        return next(((replica.host, replica.device) for replica in found), None)
 
     def begin_call(
         self, names: Collection[str], what: Callable[[str, EngineClient], Awaitable[Any]]
@@ -184,16 +207,31 @@ class RolloutService:
         """Run `what(name, client)` for these replicas at once. Calling what is returned waits for the result,
         or the error, of each; it never raises one.
         """
-        future = self._begin(self.fleet.call(names, what))
+
+        async def on_target(name: str, client: EngineClient) -> Any:
+            if client is not self._targets.get(name):
+                raise EngineDied(f"{name} failed meanwhile, and was restarted")
+            return await what(name, client)
+
+        future = self._begin(self.fleet.call(names, on_target))
         return lambda: self._wait(future)
 
     def set_ready(self, name: str, version: int) -> None:
         """The replica holds this version now, and takes requests after `resume`."""
-        self._run(_soon(lambda: self.fleet.set_ready(name, version)))
+
+        def ready() -> None:
+            self.fleet.set_ready(name, version) if self._is_target(name) else self.fleet.expect(version)
+
+        self._run(_soon(ready))
 
     def set_failed(self, name: str, phase: str, error: BaseException) -> None:
         """Restart the replica, whose push failed in `phase`."""
-        self._run(_soon(lambda: self.fleet.set_failed(name, f"weights were pushed ({phase})", error)))
+        phase = f"weights were pushed ({phase})"
+        self._run(_soon(lambda: self._is_target(name) and self.fleet.set_failed(name, phase, error)))
+
+    def _is_target(self, name: str) -> bool:
+        client = self._targets.get(name)
+        return client is not None and any(replica.client is client for replica in self.fleet.replicas)
 
     # --- verification of a push
 
@@ -202,14 +240,17 @@ class RolloutService:
         digests of what it loaded into `fresh` of the folder that this returns, beside those of the engines.
         EngineFailure when it does not start.
         """
-        index, slot = len(self.fleet.replicas), self._config.rollout.engines
+        slot = self._config.rollout.engines
+        index = 1 + max((int(replica.name.split("_")[1]) for replica in self.fleet.replicas), default=-1)
 
         async def load() -> None:
             failure: BaseException | None = None
             for _ in range(
                 2
             ):  # a port that was free may be taken before the server has it; a new one is chosen
-                server = make_server(self._config, index, export, self._token, digests="fresh", slot=slot)
+                server = make_server(
+                    self._config, index, export, self._token, digests="fresh", slot=slot, load_format="auto"
+                )
                 server.start()
                 try:
                     return await server.wait_healthy(self._config.rollout.start_timeout_s)
@@ -232,7 +273,10 @@ class RolloutService:
 
     async def _start(self) -> None:
         await self.rollouts.start()
-        self._watching = asyncio.create_task(self._tell())
+        self._watching.append(asyncio.create_task(self._tell()))
+        if self._serving is not None:
+            self._serving.open()
+            self._watching.append(asyncio.create_task(self._serving.watch()))
 
     async def _tell(self) -> None:
         """Tell `watch` how the engines are, as long as the service lives."""
@@ -257,29 +301,38 @@ class RolloutService:
         return future.result()
 
     async def _shut_down(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         await self.rollouts.stop()
+        if self._serving is not None:
+            await self._serving.close()
         await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _make_replicas(
     config: RunConfig, folder: Path, token: str, hosts: Sequence[str], store: Store | None
 ) -> list[Replica]:
-    """engine_0, engine_1, ..., rollout.engines for each host; here on the model in `folder`."""
+    """engine_0, engine_1, ..., rollout.engines for each host, here on the model in `folder`; none unless
+    rollout.colocated.
+    """
+    rollout = config.rollout
 
-    def make(index: int) -> EngineServer | RemoteServer:
-        host = hosts[index // config.rollout.engines]
+    def make(index: int, host: str) -> EngineServer | RemoteServer:
         if host == hosts[0]:
             return make_server(config, index, folder, token, digests=f"engine_{index}")
         assert store is not None, "engines of other hosts need a store"
         return RemoteServer(store, index, host, token)
 
-    count = len(hosts) * config.rollout.engines
-    return [Replica(name=f"engine_{index}", server=make(index)) for index in range(count)]
+    replicas = []
+    for index in range(len(hosts) * rollout.engines if rollout.colocated else 0):
+        number, slot = divmod(index, rollout.engines)
+        host, server = hosts[number], make(index, hosts[number])
+        device = slot * rollout.tensor_parallel
+        replicas.append(Replica(name=f"engine_{index}", server=server, host=host, device=device))
+    return replicas
 
 
-async def _soon(act: Callable[[], None]) -> None:
+async def _soon(act: Callable[[], Any]) -> None:
     """A plain call, on the loop's thread."""
     act()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import xxhash
@@ -24,39 +25,37 @@ def pack(parcel: Parcel, weights: LocalWeights, target: torch.Tensor) -> None:
 
 
 def checksum(parcel: Parcel, packed: torch.Tensor) -> Checksum:
-    digest = xxhash.xxh3_64_hexdigest(packed.numpy().data)
+    digest = xxhash.xxh3_64_hexdigest(packed.cpu().numpy().data)
     return Checksum(offset=parcel.offset, num_bytes=parcel.num_bytes, xxh3=digest)
 
 
 def manifests(plan: Plan, place: Callable[[int, int], tuple[str, int]], dtype: str) -> list[list[Manifest]]:
-    """By round and worker; version and checksums are a push's. `place(round, worker)`: the file in which a
+    """By round and worker; version and checksums are a push's. `place(round, worker)`: the memory in which a
     chunk lies, and the byte at which it begins. `dtype`: of tensors sent whole.
     """
     made: list[list[Manifest]] = []
     digests = _digests(plan.workers)
-    pieces: dict[int, list[Piece]] = {}  # by parcel, which workers with equal tables have in common
+    # By table and parcels, which workers with equal tables have in common.
+    alike: dict[tuple[str, tuple[int, ...]], Manifest] = {}
     for number, messages in enumerate(plan.rounds):
-        chunks: list[list[Piece]] = [[] for _ in plan.workers]
-        num_bytes = [0] * len(plan.workers)
+        chunks: list[list[Parcel]] = [[] for _ in plan.workers]
         for message in messages:
-            parcel = message.parcel
-            if id(parcel) not in pieces:
-                pieces[id(parcel)] = _pieces(parcel)
-            chunks[message.worker] += pieces[id(parcel)]
-            num_bytes[message.worker] += parcel.num_bytes
+            chunks[message.worker].append(message.parcel)
         made.append([])
         for worker, chunk in enumerate(chunks):
             path, offset = place(number, worker)
-            manifest = Manifest(
-                version=0,
-                table=digests[worker],
-                path=path,
-                offset=offset,
-                num_bytes=num_bytes[worker],
-                dtype_whole=dtype,
-                pieces=tuple(chunk),
-            )
-            made[-1].append(manifest)
+            key = digests[worker], tuple(map(id, chunk))
+            if key not in alike:
+                alike[key] = Manifest(
+                    version=0,
+                    table=digests[worker],
+                    path=path,
+                    offset=offset,
+                    num_bytes=sum(parcel.num_bytes for parcel in chunk),
+                    dtype_whole=dtype,
+                    pieces=tuple(piece for parcel in chunk for piece in _pieces(parcel)),
+                )
+            made[-1].append(replace(alike[key], path=path, offset=offset))
     return made
 
 

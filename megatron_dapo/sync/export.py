@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.sync.chunks import CHUNK_BYTES, Part, cut, parts_by_chunk, region
+from megatron_dapo.sync.export_chunks import CHUNK_BYTES, Part, cut, parts_by_chunk, region
 from megatron_dapo.weights import hf
 from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard, Slice

@@ -5,18 +5,23 @@ manifest that makes no sense:
 
     manifest = Manifest(version=3, table=digest, path="/proc/1/fd/5", offset=0, num_bytes=512, ...)
     assert Manifest.from_json(manifest.to_json()) == manifest
+
+What a chunk consists of is the same in every push of a plan, and by far the longest part of a manifest. It is
+told once; `manifest.brief()` only names it by its digest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-FORMAT = 2  # grows with every change of the fields or of their meaning
+FORMAT = 3  # grows with every change of the fields or of their meaning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +52,11 @@ class Manifest:
     ValueError names the field that makes no sense.
 
     version: the weight version that the chunk is a part of. table: digest of the SinkTable that the pieces
-    refer to. path: a file that the worker can map. offset, num_bytes: where the chunk lies in it.
-    dtype_whole: of tensors that are sent whole, as in torch without "torch."; a sink has the dtype of its
-    parameter. checksums: together of every byte of the chunk, in order; () when this push is not verified.
+    refer to. path: memory that the worker can open (sync/staging_memory.py, sync/device_memory.py). offset,
+    num_bytes: where the chunk lies in it. dtype_whole: of tensors that are sent whole, as in torch without
+    "torch."; a sink has the dtype of its parameter. pieces: of the chunk; None when the worker has been told
+    them in an earlier push. digest: of the pieces; "" has them checked and it computed. checksums: together
+    of every byte of the chunk, in order; () when this push is not verified.
     """
 
     format: int = FORMAT
@@ -59,7 +66,8 @@ class Manifest:
     offset: int
     num_bytes: int
     dtype_whole: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] | None
+    digest: str = ""
     checksums: tuple[Checksum, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,12 +78,20 @@ class Manifest:
         if not isinstance(self.table, str) or not self.table:
             raise ValueError(f"Manifest.table={self.table!r} must be the digest of a sink table")
         if not isinstance(self.path, str) or not self.path:
-            raise ValueError(f"Manifest.path={self.path!r} must be the path of a file")
+            raise ValueError(f"Manifest.path={self.path!r} must name memory of this host")
         if not isinstance(getattr(torch, str(self.dtype_whole), None), torch.dtype):
             raise ValueError(f"Manifest.dtype_whole={self.dtype_whole!r} is no dtype of torch")
-        for number, piece in enumerate(self.pieces):
-            _check_piece(piece, self.num_bytes, f"Manifest.pieces[{number}]")
+        if not self.digest and self.pieces is not None:
+            for number, piece in enumerate(self.pieces):
+                _check_piece(piece, self.num_bytes, f"Manifest.pieces[{number}]")
+            object.__setattr__(self, "digest", _digest(self.pieces))
+        if not isinstance(self.digest, str) or not re.fullmatch("[0-9a-f]{64}", self.digest):
+            raise ValueError(f"Manifest.digest={_short(self.digest)} must be 64 hexadecimal digits")
         self._check_checksums()
+
+    def brief(self) -> Manifest:
+        """The same for a worker that knows the pieces."""
+        return dataclasses.replace(self, pieces=None)
 
     def _check_checksums(self) -> None:
         end = 0
@@ -97,10 +113,7 @@ class Manifest:
         with its sink's number or with the name of its tensor.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        pieces = [
-            [p.source if p.sink is None else p.sink, list(p.start), list(p.size), p.offset]
-            for p in self.pieces
-        ]
+        pieces = None if self.pieces is None else _piece_rows(self.pieces)
         checksums = [[c.offset, c.num_bytes, c.xxh3] for c in self.checksums]
         return {**fields, "pieces": pieces, "checksums": checksums}
 
@@ -116,23 +129,38 @@ class Manifest:
             raise ValueError(f"Manifest lacks the field {missing[0]!r}")
         if unknown := sorted(map(str, value.keys() - names)):
             raise ValueError(f"Manifest has the unknown field {unknown[0]!r}")
-        pieces = []
-        for key, start, size, offset in _rows(value, "pieces", 4):
-            by_name = isinstance(key, str)
-            pieces.append(
-                Piece(
-                    sink=None if by_name else key,
-                    source=key if by_name else None,
-                    start=tuple(start) if isinstance(start, list) else start,
-                    size=tuple(size) if isinstance(size, list) else size,
-                    offset=offset,
-                )
-            )
         checksums = [
             Checksum(offset=offset, num_bytes=num_bytes, xxh3=xxh3)
             for offset, num_bytes, xxh3 in _rows(value, "checksums", 3)
         ]
-        return cls(**{**value, "pieces": tuple(pieces), "checksums": tuple(checksums)})
+        if value["pieces"] is None:
+            return cls(**{**value, "checksums": tuple(checksums)})
+        pieces = tuple(_piece(*row) for row in _rows(value, "pieces", 4))
+        manifest = cls(**{**value, "pieces": pieces, "digest": "", "checksums": tuple(checksums)})
+        if manifest.digest != value["digest"]:
+            raise ValueError(f"Manifest.digest={_short(value['digest'])} is not that of its pieces")
+        return manifest
+
+
+def _piece_rows(pieces: tuple[Piece, ...]) -> list[list[Any]]:
+    return [[p.source if p.sink is None else p.sink, list(p.start), list(p.size), p.offset] for p in pieces]
+
+
+def _piece(key: Any, start: Any, size: Any, offset: Any) -> Piece:
+    """Of one row."""
+    by_name = isinstance(key, str)
+    return Piece(
+        sink=None if by_name else key,
+        source=key if by_name else None,
+        start=tuple(start) if isinstance(start, list) else start,
+        size=tuple(size) if isinstance(size, list) else size,
+        offset=offset,
+    )
+
+
+def _digest(pieces: tuple[Piece, ...]) -> str:
+    """SHA-256 of the pieces in their order."""
+    return hashlib.sha256(json.dumps(_piece_rows(pieces), separators=(",", ":")).encode()).hexdigest()
 
 
 def _rows(value: dict[str, Any], name: str, length: int) -> list[list[Any]]:

@@ -4,9 +4,9 @@ What every worker needs (its sink table) is intersected with what every rank hol
 inputs alone, so all ranks and workers that are given the same inputs have the same plan (`Plan.digest`).
 
 A push goes in rounds. In a round every worker receives one chunk: at most `chunk_bytes`, put together in a
-staging buffer from one or more messages. The buffer belongs to the worker's *carrier*: the policy rank on its
-host that hands the chunk over, or the worker itself where no policy rank is near. What one message holds lies
-end to end in the buffer, so it is sent without being copied again.
+staging buffer from one or more messages. The buffer belongs to the worker's *carrier*: the process on its
+host that hands the chunk over, which is a policy rank, or the one that serves a host without ranks. What one
+message holds lies end to end in the buffer, so it is sent without being copied again.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Parcel:
 
 
 Chunk = tuple[Parcel, ...]
+Carrier = int | str  # a policy rank, or the name of a host without ranks, for the process that serves it
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +83,22 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """carriers: by worker, a policy rank, or None for the worker itself. rounds: the messages of each round,
-    by worker and in the order in which they fill its chunk.
+    """carriers: by worker. rounds: the messages of each round, by worker and in the order in which they fill
+    its chunk.
     """
 
     workers: tuple[Worker, ...]
     rank_hosts: tuple[str, ...]
-    carriers: tuple[int | None, ...]
+    carriers: tuple[Carrier, ...]
     rounds: tuple[tuple[Message, ...], ...]
 
     @property
     def messages(self) -> Iterator[Message]:
         return itertools.chain.from_iterable(self.rounds)
+
+    def goes_far(self, message: Message) -> bool:
+        """Whether the message goes to another host."""
+        return self.rank_hosts[message.source] != self.workers[message.worker].host
 
     @property
     def digest(self) -> str:
@@ -154,10 +159,10 @@ class _Sources:
     def __init__(self, rank_hosts: Sequence[str]) -> None:
         self._hosts = rank_hosts
         self._sent = [0] * len(rank_hosts)
-        self._nearest: dict[tuple[tuple[int, ...], int | None, str], Sequence[int]] = {}
+        self._nearest: dict[tuple[tuple[int, ...], Carrier], Sequence[int]] = {}
 
-    def choose(self, parcel: Parcel, carrier: int | None, host: str) -> int:
-        key = (parcel.holders, carrier, host)
+    def choose(self, parcel: Parcel, carrier: Carrier, host: str) -> int:
+        key = (parcel.holders, carrier)
         if (nearest := self._nearest.get(key)) is None:
             own = [rank for rank in parcel.holders if rank == carrier]
             near = [rank for rank in parcel.holders if self._hosts[rank] == host]
@@ -167,10 +172,12 @@ class _Sources:
         return source
 
 
-def _carrier(worker: Worker, rank_hosts: Sequence[str]) -> int | None:
-    """The rank with the worker's device, where its host has as many ranks; else they take turns."""
+def _carrier(worker: Worker, rank_hosts: Sequence[str]) -> Carrier:
+    """The rank with the worker's device, where its host has as many ranks; where it has fewer they take
+    turns, and where it has none the host carries.
+    """
     ranks = [rank for rank, host in enumerate(rank_hosts) if host == worker.host]
-    return ranks[worker.device % len(ranks)] if ranks else None
+    return ranks[worker.device % len(ranks)] if ranks else worker.host
 
 
 # --- the chunks of one worker -----------------------------------------------------------

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_dapo.sync.plan import Message, Plan
+from megatron_dapo.sync.plan import Carrier, Message, Plan
 
 LINKS = ("same_rank", "inside_host", "between_hosts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bandwidths:
-    """Bytes a second of one rank or worker, in one direction. same_rank: a copy in its own memory."""
+    """Bytes a second of one process, in one direction: a rank, or one that serves a host without ranks.
+    same_rank: a copy in a rank's own memory.
+    """
 
     same_rank: float
     inside_host: float
@@ -63,12 +65,11 @@ def link(plan: Plan, message: Message) -> str:
     """What the message travels over; one of LINKS."""
     if message.source == plan.carriers[message.worker]:
         return "same_rank"
-    near = plan.rank_hosts[message.source] == plan.workers[message.worker].host
-    return "inside_host" if near else "between_hosts"
+    return "between_hosts" if plan.goes_far(message) else "inside_host"
 
 
 def seconds(plan: Plan, bandwidths: Bandwidths) -> dict[str, float]:
-    """By link: the sum over the rounds of what the busiest rank or worker takes, sending and receiving at
+    """By link: the sum over the rounds of what the busiest rank or carrier takes, sending and receiving at
     once.
 
     exchange: with all links at work at once. push: a chunk is exchanged while the one before is copied into
@@ -92,15 +93,14 @@ def seconds(plan: Plan, bandwidths: Bandwidths) -> dict[str, float]:
 
 
 def _busiest(plan: Plan, messages: Sequence[Message]) -> dict[str, int]:
-    """By link, the bytes that the rank or worker with most of them sends or receives. A copy in a rank's own
+    """By link, the bytes that the rank or carrier with most of them sends or receives. A copy in a rank's own
     memory counts once.
     """
-    ends: dict[str, Counter[tuple[str, int]]] = {name: Counter() for name in LINKS}
+    ends: dict[str, Counter[tuple[str, Carrier]]] = {name: Counter() for name in LINKS}
     for message in messages:
         name, carrier = link(plan, message), plan.carriers[message.worker]
-        receiver = ("worker in", message.worker) if carrier is None else ("rank in", carrier)
-        ends[name]["rank out", message.source] += message.parcel.num_bytes
-        ends[name][receiver] += message.parcel.num_bytes
+        ends[name]["out", message.source] += message.parcel.num_bytes
+        ends[name]["in", carrier] += message.parcel.num_bytes
     return {name: max(counted.values(), default=0) for name, counted in ends.items()}
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.rendezvous import without_prefix
 from megatron_dapo.sync.exchange import Exchange
 from megatron_dapo.sync.manifest import Manifest
 from megatron_dapo.sync.plan import Worker
@@ -63,8 +64,8 @@ class Replicas(Protocol):
         """The replicas that are alive."""
         ...
 
-    def where(self, name: str) -> tuple[str, int]:
-        """The replica's host, and the number of its first device there."""
+    def where(self, name: str) -> tuple[str, int] | None:
+        """The replica's host, and the number of its first device there; None when it has left for good."""
         ...
 
     def begin_call(self, names: Sequence[str], what: Call) -> Callable[[], dict[str, Any]]:
@@ -125,6 +126,7 @@ class Publisher:
         self._tables: dict[str, list[SinkTable]] = {}  # rank 0: of every replica that was ever reached
         self._known: dict[str, SinkTable] = {}  # rank 0: every different table, by what was answered
         self._reached: dict[str, Client] = {}  # rank 0: who has told its tables; a restarted replica is new
+        self._told: dict[str, Client] = {}  # rank 0: who knows the pieces of all chunks of these workers
         self._workers: list[Worker] = []  # all ranks: of the same replicas
         self._num_pushes = 0
 
@@ -138,14 +140,17 @@ class Publisher:
         push = _Push(replicas, version) if replicas is not None else None
         workers, engines = self._agree(lambda: self._begin(push) if push else (None, []))
         if workers is not None:
-            self._workers = workers
+            self._workers, self._told = workers, {}
         self._transport.set_workers(self._workers)
         verify, self._num_pushes = self._verifies(), self._num_pushes + 1
         for chunks in self._transport.rounds(LocalWeights(shards), version, engines=engines, verify=verify):
             if push:
-                push.send(chunks)
+                push.lose(self._transport.lost)
+                push.send({name: self._brief(name, of_workers) for name, of_workers in chunks.items()})
         if push:
+            push.lose(self._transport.lost)
             push.commit()
+            self._told |= {name: self._reached[name] for name in push.following}
         return push.report() if push else PublishReport(version=version)
 
     def _verifies(self) -> bool:
@@ -153,6 +158,11 @@ class Publisher:
         if isinstance(self._verify, str):
             return self._verify == "first" and self._num_pushes == 0
         return self._num_pushes % self._verify == 0
+
+    def _brief(self, name: str, manifests: list[Manifest]) -> list[Manifest]:
+        """Without the pieces that the replica has been told in an earlier push."""
+        knows = self._told.get(name) is self._reached[name]
+        return [manifest.brief() for manifest in manifests] if knows else manifests
 
     def _agree(self, decide: Callable[[], Any]) -> Any:
         """Rank 0's decision, or its UserError, on every rank."""
@@ -175,7 +185,10 @@ class Publisher:
                 _check(name, tables, self._shapes)
             self._tables[name] = tables
         push.begin()
-        return push.workers(self._tables) if answers else None, push.following
+        workers = push.workers(self._tables)
+        engines = {worker.engine for worker in workers}
+        push.lose({name: "it has left the run" for name in push.following if name not in engines})
+        return workers if workers != self._workers else None, push.following
 
     def _table(self, name: str, answer: Any) -> SinkTable:
         """What a replica's worker has answered; of equal answers, one object."""
@@ -189,9 +202,11 @@ class Publisher:
 
 
 def make_publisher(
-    config: RunConfig, model: ModelSpec, rank: int, hosts: Sequence[str], control: Any
+    config: RunConfig, model: ModelSpec, rank: int, hosts: Sequence[str], control: Any, store: Any = None
 ) -> Publisher:
-    """Of a run. hosts: by rank, the name of its host. control: a gloo group of all ranks."""
+    """Of a run. hosts: by rank, the name of its host. control: a gloo group of all ranks. store: a connection
+    to the run's store, for engines on hosts without ranks.
+    """
 
     def share(value: Any) -> Any:
         values = [value]
@@ -206,6 +221,8 @@ def make_publisher(
         held=holdings(model, config.layout.to_layout()),
         chunk_bytes=config.sync.chunk_bytes,
         dtype=dtype,
+        store=without_prefix(store),
+        timeout_s=config.rollout.progress_timeout_s,
     )
     return Publisher(exchange, share, shapes=hf_shapes(model), dtype=dtype, verify=config.sync.verify)
 
@@ -237,10 +254,12 @@ class _Push:
         return {name: found[name] for name in self.following if name in found}
 
     def workers(self, tables: Mapping[str, Sequence[SinkTable]]) -> list[Worker]:
-        """Of all replicas that have tables."""
+        """Of all replicas that have tables and have not left."""
         workers = []
         for name, of_replica in tables.items():
-            host, device = self._replicas.where(name)
+            if (place := self._replicas.where(name)) is None:
+                continue
+            host, device = place
             workers += [
                 Worker(engine=name, rank=rank, host=host, device=device + rank, table=table)
                 for rank, table in enumerate(of_replica)
@@ -249,6 +268,11 @@ class _Push:
 
     def begin(self) -> None:
         self._on_all("begin", lambda name, client: client.start_weight_update())
+
+    def lose(self, lost: Mapping[str, str]) -> None:
+        """These replicas get nothing more, for the reasons given."""
+        for name in [name for name in self.following if name in lost]:
+            self._leave_behind(name, "send", ConnectionError(lost[name]))
 
     def send(self, chunks: Mapping[str, Sequence[Manifest]]) -> None:
         """Hand over a round, and return while the engines load it: what the round before it has come to is
@@ -295,13 +319,18 @@ class _Push:
                 results = wait()
                 for name in asked:
                     if isinstance(error := results[name], BaseException):
-                        self.following.remove(name)
-                        self._failures.append(_failure(name, phase, error))
-                        self._replicas.set_failed(name, phase, error)
+                        self._leave_behind(name, phase, error)
             except Exception as error:
                 self._mistake = error
 
         return answers
+
+    def _leave_behind(self, name: str, phase: Phase, error: BaseException) -> None:
+        """Once for each replica, whose first error counts."""
+        if name in self.following:
+            self.following.remove(name)
+            self._failures.append(_failure(name, phase, error))
+            self._replicas.set_failed(name, phase, error)
 
 
 def _check(name: str, tables: Sequence[SinkTable], shapes: Shapes) -> None:

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "examples" / "run_qwen32b_dapo.sh"
 CONFIG = ROOT / "examples" / "configs" / "qwen32b.yaml"
 SETTINGS = (
     *("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "MEGATRON_DAPO_ROOT"),
-    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CONFIG", "SERVING_NODES"),
 )
 
 
@@ -179,6 +179,39 @@ def test_one_of_several_nodes(start, tmp_path):
     assert {"--nnodes=2", "--nproc-per-node=8", "--master-addr=host0", "--node-rank=1"} < {*words}
 
 
+ASYNC = {"CONFIG": "qwen32b_async", "NNODES": "16", "MASTER_ADDR": "host0", "GLOO_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize("place", [{}, {"SLURM_JOB_ID": "17", "SLURM_NODEID": "15"}])
+def test_the_last_nodes_serve(start, tmp_path, place):
+    (tmp_path / "python").write_text(SEVERAL)
+    on_node = ["--on-node"] if place else []
+    found = start("run.max_steps=2", *on_node, **ASYNC, **(place or {"NODE_RANK": "4"}))
+    assert found.returncode == 0, found.stderr
+    config = ROOT / "examples" / "configs" / "qwen32b_async.yaml"
+    assert found.stdout.split()[2:] == [
+        *["-m", "megatron_dapo.serve", str(config), f"run.dir={ROOT}/runs/qwen32b_async_dapo"],
+        *["run.max_steps=2", "--join", "host0:29500"],
+    ]
+    found = start(**ASYNC, NODE_RANK="3")
+    assert {"--nnodes=4", "--node-rank=3", "megatron_dapo.train"} < {*found.stdout.split()}
+
+
+@pytest.mark.parametrize("number", ["16", "17", "two"])
+def test_some_nodes_must_have_ranks(start, number):
+    found = start(**ASYNC, SERVING_NODES=number)
+    assert (
+        found.returncode == 2 and f"SERVING_NODES={number} must be a number below NNODES=16" in found.stderr
+    )
+
+
+def test_dry_run_shows_which_nodes_serve(start):
+    lines = plan(start("--dry-run", **ASYNC))
+    assert lines["hosts"] == "16 (node 0 is host0), 8 ranks on each of the first 4, 32 in all"
+    assert "--nnodes=4" in lines["on every host with ranks"].split()
+    assert lines["on every other host"].endswith("--join host0:29500")
+
+
 def test_several_nodes_need_an_address(start):
     found = start(NNODES="2")
     assert (found.returncode, found.stdout) == (2, "")
@@ -317,6 +350,26 @@ def test_before_the_time_is_up_a_job_saves_and_is_queued_again(launch, tmp_path,
     assert process.returncode == 0, error
     assert out.count("saved\n") == 2
     assert ("scontrol requeue 17\n" in out) == queued
+
+
+SERVER = """#!/bin/sh
+case $1 in */network_interface.py) exit ;; esac
+trap "echo left; exit 0" TERM
+echo > "$RANKS_READY.0"
+echo > "$RANKS_READY.1"
+for i in $(seq 100); do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("on_node", "leaves"), [([], True), (["--on-node"], False)])
+def test_a_node_that_serves_leaves_at_a_signal_and_a_job_ends_as_a_whole(launch, tmp_path, on_node, leaves):
+    (tmp_path / "python").write_text(SERVER)
+    process = launch(*on_node, **ASYNC, NODE_RANK="4", RANKS_READY=str(tmp_path / "ready"))
+    ready(tmp_path / "ready")
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == 0, error
+    assert ("left\n" in out) == leaves
 
 
 def test_a_run_that_fails_is_not_queued_again(start, tmp_path):

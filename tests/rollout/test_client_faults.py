@@ -16,7 +16,7 @@ from support.http_server import choice, forever, frame, generate, serving, strea
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.errors import UserError
-from megatron_dapo.rollout import client as client_module
+from megatron_dapo.rollout import server_calls
 from megatron_dapo.rollout.client import (
     EngineClient,
     EngineDied,
@@ -232,8 +232,8 @@ async def test_a_connection_that_was_dropped_meanwhile_is_no_dead_engine(path):
 
 
 async def test_a_health_probe_takes_at_most_ten_seconds(monkeypatch):
-    assert client_module.PROBE_TIMEOUT_S == 10.0
-    monkeypatch.setattr(client_module, "PROBE_TIMEOUT_S", 0.1)
+    assert server_calls.PROBE_TIMEOUT_S == 10.0
+    monkeypatch.setattr(server_calls, "PROBE_TIMEOUT_S", 0.1)
     async with serving(health=forever) as engine:
         began = time.monotonic()
         assert await engine.health() is False

@@ -181,7 +181,7 @@ async def test_restarts_count_within_the_last_hour():
         engines.push(0)
         fleet.set_failed(f"engine_{index}", "a test", EngineDied("gone"))
         await engines.until(lambda: engines.states[index] in ("stale", "dead"))
-        await engines.until(lambda: not fleet._tasks)
+        await engines.until(lambda: not fleet._upkeep._tasks)
 
     await kill(0)
     assert engines.states[0] == "stale"
@@ -256,7 +256,7 @@ async def test_close_stops_everything_whatever_state_it_is_in():
     await fleet.close()
     assert not any(server.is_running for server in engines.servers)
     assert all(client.is_closed for clients in engines.clients.values() for client in clients)
-    assert not fleet._tasks
+    assert not fleet._upkeep._tasks
 
 
 # --- around a push

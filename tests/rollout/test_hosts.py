@@ -21,7 +21,14 @@ from megatron_dapo.config import RolloutConfig, RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout import hosts
 from megatron_dapo.rollout.errors import EngineDied
-from megatron_dapo.rollout.hosts import SILENT_S, EngineHost, RemoteServer, address_towards, serve_engines
+from megatron_dapo.rollout.hosts import (
+    SILENT_S,
+    EngineHost,
+    RemoteServer,
+    SignsOfLife,
+    alive_key,
+    serve_engines,
+)
 from megatron_dapo.rollout.server import EngineServer, EngineStartTimeout
 from megatron_dapo.rollout.service import RolloutService
 
@@ -198,7 +205,7 @@ def test_a_host_that_never_starts_its_engine(place):
         place.now = 301
         await waiting
 
-    with pytest.raises(EngineStartTimeout, match=r"engine 2 .* of host1 within 300 s; raise rollout\.start"):
+    with pytest.raises(EngineStartTimeout, match=r"engine 2 .* on host1 within 300 s; raise rollout\.start"):
         asyncio.run(wait())
     assert server.poll() is None, "its ranks may still build the policy"
 
@@ -218,6 +225,19 @@ def test_a_host_without_a_sign_of_life_is_gone(place):
     with pytest.raises(EngineDied, match="host1 has given no sign of life"):
         server.start()
         asyncio.run(server.wait_healthy(5))
+
+
+async def test_another_sign_of_life_is_waited_for_until_its_host_is_gone(place):
+    signs = SignsOfLife(place.store, alive_key("host1"), lambda: place.now)
+    waiting = asyncio.create_task(signs.another())
+    await asyncio.sleep(0.02)
+    assert not waiting.done(), "there was none at all"
+    place.store.add(alive_key("host1"), 1)
+    assert await waiting
+    waiting = asyncio.create_task(signs.another())
+    await asyncio.sleep(0.02)
+    place.now += SILENT_S + 0.1
+    assert not await waiting
 
 
 def test_time_in_which_nobody_asked_is_no_silence(place):
@@ -296,6 +316,8 @@ def test_the_first_rank_of_every_other_host_serves_its_engines(tmp_path, monkeyp
     ]
     assert [make is None for make in found] == [True, True, False, True, False]
     assert made == [("a", range(2, 4)), ("c", range(4, 6))]
+    apart = config(tmp_path, engines=2, colocated=False)
+    assert serve_engines(apart, tmp_path, 2, ranks, dist.HashStore()) is None
     server = found[4](5, TOKEN)
     assert server.log_path == tmp_path / "logs" / "engine_5.log"
     assert server._slot == 1  # its GPUs are the second ones of its host
@@ -324,14 +346,6 @@ def test_the_token_stands_in_the_store_alone(place):
     place.servers[0].start()
     wanted = json.loads(place.store.get("megatron_dapo/engine/2/wanted"))
     assert wanted == {"start": 1, "runs": True, "token": TOKEN}
-
-
-def test_the_address_towards_a_host():
-    assert address_towards("127.0.0.1") == "127.0.0.1"
-    with pytest.raises(
-        UserError, match=r"MASTER_ADDR=no\.such\.host\.invalid cannot be reached from .* give an"
-    ):
-        address_towards("no.such.host.invalid")
 
 
 def test_an_engine_listens_on_the_address_it_is_given(tmp_path):

@@ -20,8 +20,8 @@ import psutil
 import pytest
 from support.models import TOKEN
 
-from megatron_dapo.config import RolloutConfig
-from megatron_dapo.environment import DIGEST_VARIABLE
+from megatron_dapo.config import RolloutConfig, RunConfig
+from megatron_dapo.environment import DIGEST_VARIABLE, PLUGIN
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout import server as server_module
 from megatron_dapo.rollout.client import EngineClient, EngineDied
@@ -100,6 +100,43 @@ def test_the_token_is_not_on_the_command_line(tmp_path):
     assert arguments[-2:] == ["--more", "1"]
     assert "--load-format" not in arguments
     assert "--load-format" in make_server(tmp_path, extra_env={DIGEST_VARIABLE: "folder"}).arguments(8000)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], "dummy"),
+        (["rollout.load_format=auto"], None),
+        (["run.verify_sync=true"], PLUGIN),  # digests are of what was loaded
+    ],
+)
+def test_a_runs_server_starts_with_dummy_weights_unless_they_are_looked_at(tmp_path, values, expected):
+    config = RunConfig.load(None, ["model.path=model", f"run.dir={tmp_path}", *values])
+    arguments = server_module.make_server(config, 0, tmp_path, TOKEN, digests="engine_0").arguments(8000)
+    found = arguments[arguments.index("--load-format") + 1] if "--load-format" in arguments else None
+    assert found == expected
+    fresh = server_module.make_server(config, 0, tmp_path, TOKEN, digests="fresh", load_format="auto")
+    assert "dummy" not in fresh.arguments(8000)
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "sleeps"),
+    [
+        (["sampling.max_age=0"], "cuda", True),
+        (["sampling.max_age=0"], "cpu", False),
+        (["sampling.max_age=0", "run.device=cpu"], "cuda", False),  # the policy is not on the GPUs
+        (["sampling.max_age=0", "rollout.colocated=false"], "cuda", False),
+        (["sampling.max_age=0", "rollout.sleep=false"], "cuda", False),
+        (["sampling.max_age=1"], "cuda", False),
+        (["sampling.max_age=0", "rollout.sleep=true"], "cpu", True),
+    ],
+)
+def test_who_sleeps(tmp_path, monkeypatch, values, device, sleeps):
+    monkeypatch.setattr(server_module, "vllm_device", lambda: device)
+    config = RunConfig.load(None, ["model.path=model", f"run.dir={tmp_path}", *values])
+    assert server_module.engines_sleep(config) is sleeps
+    arguments = server_module.make_server(config, 0, tmp_path, TOKEN, digests="engine_0").arguments(8000)
+    assert ("--enable-sleep-mode" in arguments) == (sleeps and device == "cuda")  # a CPU's vLLM refuses it
 
 
 @pytest.mark.parametrize(("tp", "device", "alone"), [(1, "cpu", True), (2, "cpu", False), (1, "cuda", False)])

@@ -122,6 +122,7 @@ def test_the_loop_goes_on_while_the_main_thread_works(services):
     """What the service is for: engines restart, and later generate, during an update."""
     engines = Engines(num=2)
     service = services(engines)
+    service.push_targets()
     service.set_failed("engine_0", "commit", EngineDied("gone"))
     wait_until(lambda: service.engines.states[0] == "stale")  # this thread calls nothing meanwhile
 

@@ -136,3 +136,26 @@ def test_the_cap_is_raised_in_the_main_thread(services):
     service = services(Engines(), low=0.9, max_prompts=4)
     with pytest.raises(SamplingCapReached, match="only 0 of"):
         service.next_step(0)
+
+
+def test_an_engine_that_died_in_a_push_and_is_up_again_has_no_part_in_it(services):
+    """It holds no weights of this push, so it must not count as ready; nor has it failed."""
+    engines = Engines(num=2)
+    service = services(engines)
+    called = []
+
+    async def push_to(name: str, client: FakeClient) -> None:
+        called.append((name, client))
+
+    with service.paused() as replicas:
+        names = replicas.push_targets()
+        replicas.set_failed("engine_0", "send", EngineDied("gone"))
+        wait_until(lambda: len(engines.clients["engine_0"]) == 2 and service.engines.states[0] == "stale")
+        errors = replicas.begin_call(names, push_to)()
+        assert called == [("engine_1", engines.client(1))]
+        assert "failed meanwhile" in str(errors["engine_0"]) and errors["engine_1"] is None
+        replicas.set_ready("engine_0", 1)
+        replicas.set_failed("engine_0", "send", EngineDied("gone"))
+        replicas.set_ready("engine_1", 1)
+    assert service.engines.states == ["stale", "ready"]
+    assert len(engines.clients["engine_0"]) == 2  # it was not restarted again

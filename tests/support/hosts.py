@@ -37,7 +37,7 @@ mount --bind /dev/shm/.hosts /etc/hosts
 
 def reason_against() -> str | None:
     """Why no hosts can be made here, or None."""
-    missing = [tool for tool in ("ip", "unshare", "nsenter", "setpriv") if not shutil.which(tool)]
+    missing = [tool for tool in ("ip", "tc", "unshare", "nsenter", "setpriv") if not shutil.which(tool)]
     if missing:
         return f"network namespaces need {', '.join(missing)} (iproute2, util-linux)"
     if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
@@ -66,6 +66,14 @@ class Host:
     def mend(self) -> None:
         self._switch.ip(f"link set port{self.index} master lan")
 
+    def slow(self, megabits: float) -> None:
+        """What the host receives from then on comes at most at that rate, per second (a token bucket)."""
+        bucket = f"tbf rate {megabits}mbit burst 32kb latency 1s"
+        self._switch.tc(f"qdisc replace dev port{self.index} root {bucket}")
+
+    def fast(self) -> None:
+        self._switch.tc(f"qdisc del dev port{self.index} root")
+
     def kill(self) -> None:
         """End every process of the host at once. The kernel still says goodbye to their peers."""
         with contextlib.suppress(ProcessLookupError):
@@ -85,7 +93,10 @@ class Switch:
         self.init = _started(holder, "the switch")
 
     def ip(self, *lines: str) -> None:
-        _ip(self.init, *lines)
+        _batch("ip", self.init, *lines)
+
+    def tc(self, *lines: str) -> None:
+        _batch("tc", self.init, *lines)
 
 
 class Hosts:
@@ -123,7 +134,8 @@ class Hosts:
         plugs = [f"link set port{h.index} master lan up" for h in self._hosts]
         lan.ip("link add lan type bridge", "link set lan up", *cables, *plugs)
         for host in self._hosts:
-            _ip(host.init, "link set lo up", f"addr add {host.address}/24 dev {CARD}", f"link set {CARD} up")
+            lines = ("link set lo up", f"addr add {host.address}/24 dev {CARD}", f"link set {CARD} up")
+            _batch("ip", host.init, *lines)
 
     def _hold(self, command: list[str]) -> subprocess.Popen[bytes]:
         pipe = subprocess.PIPE
@@ -153,7 +165,7 @@ def _started(holder: subprocess.Popen[bytes], name: str) -> int:
     return number
 
 
-def _ip(namespace: int, *lines: str) -> None:
-    """`ip` in the network namespace of a process."""
-    command = ["nsenter", "--target", str(namespace), "--net", "--", "ip", "-batch", "-"]
+def _batch(tool: str, namespace: int, *lines: str) -> None:
+    """`ip` or `tc` in the network namespace of a process."""
+    command = ["nsenter", "--target", str(namespace), "--net", "--", tool, "-batch", "-"]
     subprocess.run(command, input="\n".join(lines), text=True, check=True)

@@ -72,7 +72,8 @@ def resume(runs: Sequence[PolicyRun], folder: str, saved_by: dict[str, str]) -> 
                 continue
             newest = checkpoint.find(run_dir, "auto")
             assert newest is not None
-            state = checkpoint.load(newest, policy)
+            state = checkpoint.read_state(newest, policy.session.rank)
+            checkpoint.load(newest, policy)
             norms = list(policy.guard.norms)
             batch = _batch_of(policy)
             reports[run.name] = {

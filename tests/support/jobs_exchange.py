@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ import xxhash
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.sync import exchange as exchange_file
+from megatron_dapo.rendezvous import without_prefix
+from megatron_dapo.sync import staging_memory as memory_file
 from megatron_dapo.sync.exchange import Exchange
+from megatron_dapo.sync.host_link import HostLinks
 from megatron_dapo.sync.manifest import Manifest
 from megatron_dapo.sync.plan import Plan, Worker, make_plan
 from megatron_dapo.sync.plan_report import link
@@ -36,6 +38,7 @@ from megatron_dapo.weights.names import hf_shapes
 from support.planning import direct, empty, local_weights, make_workers
 from support.weights import make_weights, small_model
 
+TIMEOUT_S = 3.0  # that a host without ranks may let them wait
 DELAY_S = 0.01  # long beside the staging of a small chunk
 WHOLE = "model.layers.0.self_attn.o_proj.weight"  # split by columns between tensor-parallel ranks
 MODEL = small_model(
@@ -53,11 +56,14 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """hosts: of the ranks; on each of them stands an engine of one worker and one of two. dtype: theirs."""
+    """hosts: of the ranks. engine_hosts: on each of them, by default those of the ranks, stands an engine of
+    one worker and one of two. dtype: theirs.
+    """
 
     model: str
     layout: Layout
     hosts: str
+    engine_hosts: str = ""
     dtype: str = "float32"
     chunk_bytes: int = 2000
 
@@ -80,7 +86,7 @@ def run(cases: Mapping[str, Case]) -> dict[str, Any]:
 
 def engines(case: Case) -> list[Worker]:
     """Those called tp1 have a tensor that is sent whole, those called tp2 have transposed parameters."""
-    model, hosts = MODELS[case.model], sorted(set(case.hosts))
+    model, hosts = MODELS[case.model], sorted(set(case.engine_hosts or case.hosts))
     made = []
     for tp in (1, 2):
         for worker in make_workers(model, hosts, tp=tp, dtype=case.dtype, transpose=tp == 2):
@@ -102,6 +108,8 @@ def make_exchange(case: Case) -> Exchange:
         held=holdings(MODELS[case.model], case.layout),
         chunk_bytes=case.chunk_bytes,
         dtype=case.dtype,
+        store=without_prefix(dist.distributed_c10d._get_default_store().clone()),
+        timeout_s=TIMEOUT_S,
     )
 
 
@@ -130,7 +138,10 @@ class Reader:
                 table = self._workers[number].table
                 assert (manifest.version, manifest.table) == (version, table.digest)
                 assert bool(manifest.checksums) == (verified and manifest.num_bytes > 0)
-                chunk = read_chunk(manifest)
+                try:
+                    chunk = read_chunk(manifest)
+                except FileNotFoundError:  # its carrier has died; the elements will be missed, or it is lost
+                    continue
                 for checksum in manifest.checksums:  # together they are the whole chunk: Manifest checks it
                     part = chunk[checksum.offset :][: checksum.num_bytes]
                     assert xxhash.xxh3_64(part).hexdigest() == checksum.xxh3
@@ -154,11 +165,13 @@ class Reader:
             self.parameters[number][name].as_strided(*region).copy_(values.view(to.size))
             self.writes[number][name].as_strided(*region).add_(1)
 
-    def wrong(self, weights: Mapping[str, torch.Tensor], left_out: str = "") -> list[str]:
-        """Parameters that a direct fill makes others of, or with elements not written exactly once."""
+    def wrong(self, weights: Mapping[str, torch.Tensor], left_out: Collection[str] = ()) -> list[str]:
+        """Parameters that a direct fill makes others of, or with elements not written exactly once; without
+        the engines `left_out`.
+        """
         found = []
         for worker, parameters, writes in zip(self._workers, self.parameters, self.writes, strict=True):
-            if worker.engine == left_out:
+            if worker.engine in left_out:
                 continue
             expected = direct(worker.table, weights)
             for name in worker.table.whole:
@@ -179,13 +192,17 @@ def read_chunk(manifest: Manifest) -> bytearray:
 @contextmanager
 def counting_sends() -> Iterator[list[int]]:
     """The bytes of every message between ranks that this rank sends."""
-    sizes, isend = [], dist.isend
+    sizes, isend, send = [], dist.isend, HostLinks.send
 
     def counted(tensor: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
         sizes.append(tensor.nbytes)
         return isend(tensor, *arguments, **keywords)
 
-    with mock.patch.object(dist, "isend", counted):
+    def counted_to_host(links: HostLinks, host: str, begin: int, tensor: torch.Tensor) -> Any:
+        sizes.append(tensor.nbytes)
+        return send(links, host, begin, tensor)
+
+    with mock.patch.object(dist, "isend", counted), mock.patch.object(HostLinks, "send", counted_to_host):
         yield sizes
 
 
@@ -230,9 +247,10 @@ class Pushes:
         self.sent: list[int] = []  # bytes to other hosts, by push
         self.manifests: list[list[Mapping[str, list[Manifest]]]] = []  # by push and round
 
-    def push(self, version: int, *, verify: bool = False, left_out: str = "") -> None:
-        """To all engines but one. Rank 0 reads a round at once, though the last rank is late with it, and
-        again when the next one is staged, after a delay: no rank may have begun with the one after that.
+    def push(self, version: int, *, verify: bool = False, left_out: str = "") -> dict[str, str]:
+        """To all engines but one; returns those that were lost. Rank 0 reads a round at once, though the last
+        rank is late with it, and again when the next one is staged, after a delay: no rank may have begun
+        with the one after that.
         """
         names, rank = {worker.engine for worker in self.workers} - {left_out}, dist.get_rank()
         early, late = Reader(self.workers, self.model), Reader(self.workers, self.model)
@@ -246,15 +264,17 @@ class Pushes:
                     early.read(manifests, version, verify)
                 if rank == 0 and staged:
                     time.sleep(DELAY_S)
-                    late.read(staged[-1], version, verify)
+                    still = {k: v for k, v in staged[-1].items() if k not in self.exchange.lost}
+                    late.read(still, version, verify)
                 if manifests is None:
                     break
-                assert set(manifests) == (names if rank == 0 else set())
+                assert set(manifests) == (names - self.exchange.lost.keys() if rank == 0 else set())
                 staged.append(manifests)
         self.manifests.append(staged)
         self.sent.append(sum(sizes))
         for reader in (early, late) if rank == 0 else ():
-            self.wrong += reader.wrong(self.weights[version], left_out)
+            self.wrong += reader.wrong(self.weights[version], {left_out, *self.exchange.lost})
+        return self.exchange.lost
 
 
 def bytes_between_hosts(plan: Plan, left_out: str = "") -> int:
@@ -367,9 +387,8 @@ def errors() -> dict[str, list[str]]:
             return f"{type(error).__name__}: {error}"
         return "done"
 
-    elsewhere = [dataclasses.replace(worker, host="c") for worker in workers]
-    found = {"elsewhere": attempt(elsewhere)}
-    cannot = mock.patch.object(exchange_file.mmap, "mmap", side_effect=OSError)
+    found = {}
+    cannot = mock.patch.object(memory_file.mmap, "mmap", side_effect=OSError)
     with cannot if rank == 3 else nullcontext():
         found["no memory"] = attempt(workers)
     found["not the same"] = attempt(workers[:: -1 if rank == 2 else 1])

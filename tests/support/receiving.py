@@ -64,13 +64,23 @@ class Worker:
         return one_rank_plan([self.sink_table(tensors)], halves(tensors), dtype_of(tensors), chunk_bytes)
 
     def push(self, plan: Plan, tensors: Mapping[str, torch.Tensor], version: int, **options: Any) -> None:
+        """options: those of `send`."""
         self.receiver.start_weight_update()
         self.send(plan, tensors, version, **options)
         self.receiver.finish_weight_update()
 
-    def send(self, plan: Plan, tensors: Mapping[str, torch.Tensor], version: int, **options: Any) -> None:
+    def send(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, torch.Tensor],
+        version: int,
+        *,
+        brief: bool = False,
+        **options: Any,
+    ) -> None:
+        """brief: the worker knows the pieces of all chunks. options: of `staged`."""
         for [manifest] in staged(plan, tensors, version, **options):
-            self.receive(manifest)
+            self.receive(manifest.brief() if brief else manifest)
 
     def receive(self, manifest: Manifest) -> None:
         self.receiver.update_weights(json.loads(json.dumps(manifest.to_json())))

@@ -25,6 +25,7 @@ class Client:
     error: BaseException | None = None
     tables: Sequence[SinkTable] = ()
     calls: list[str] = field(default_factory=list)
+    told: list[bool] = field(default_factory=list)  # of every chunk: whether it came with its pieces
 
     async def sink_tables(self, shapes: Mapping[str, Sequence[int]], dtype: str) -> list[Any]:
         self._note("tables")
@@ -35,6 +36,7 @@ class Client:
 
     async def update_weights(self, info: list[dict[str, Any]]) -> None:
         manifests = [Manifest.from_json(of_worker) for of_worker in info]
+        self.told.append(all(manifest.pieces is not None for manifest in manifests))
         self._note(f"update {[manifest.num_bytes for manifest in manifests]} of {manifests[0].version}")
 
     async def finish_weight_update(self, version: str) -> None:
@@ -58,8 +60,8 @@ class Fleet:
     def push_targets(self) -> list[str]:
         return list(self.targets)
 
-    def where(self, name: str) -> tuple[str, int]:
-        return HOST, list(self.clients).index(name)
+    def where(self, name: str) -> tuple[str, int] | None:
+        return (HOST, list(self.clients).index(name)) if name in self.clients else None
 
     def begin_call(
         self, names: Sequence[str], what: Callable[[str, Any], Awaitable[Any]]

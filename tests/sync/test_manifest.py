@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 
+from megatron_dapo.sync import manifest as manifest_file
 from megatron_dapo.sync.manifest import FORMAT, Checksum, Manifest, Piece
 
 A = Piece(sink=3, source=None, start=(4, 0), size=(2, 3), offset=0)
 B = Piece(sink=None, source="b", start=(), size=(), offset=24)
+# `printf '[[3,[4,0],[2,3],0],["b",[],[],24]]' | sha256sum`
+DIGEST = "0faffa70c45e5e68ebddc0c6c550d415f773f6a98b23abd1c0aea42c26b97253"
 SUM = Checksum(offset=0, num_bytes=28, xxh3="0123456789abcdef")
 
 
@@ -46,6 +50,7 @@ def test_what_is_sent():
         "num_bytes": 28,
         "dtype_whole": "bfloat16",
         "pieces": [[3, [4, 0], [2, 3], 0], ["b", [], [], 24]],
+        "digest": DIGEST,
         "checksums": [[0, 28, "0123456789abcdef"]],
     }
 
@@ -53,6 +58,27 @@ def test_what_is_sent():
 @pytest.mark.parametrize("manifest", [make(), make(checksums=()), make(num_bytes=0, pieces=(), checksums=())])
 def test_what_is_received_is_what_was_sent(manifest):
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_a_brief_one_names_its_pieces_by_their_digest():
+    brief = make().brief()
+    assert brief.to_json() == make().to_json() | {"pieces": None}
+    assert Manifest.from_json(json.loads(json.dumps(brief.to_json()))) == brief
+    assert make(pieces=(B, A)).digest != make().digest == dataclasses.replace(make(), version=8).digest
+
+
+@pytest.mark.parametrize("digest", ["", "AF", None, "0" * 63])
+def test_pieces_or_a_digest_must_be_there(digest):
+    with pytest.raises(ValueError, match=r"Manifest\.digest=.* must be 64 hexadecimal digits"):
+        make(pieces=None, digest=digest)
+    with pytest.raises(ValueError, match=r"Manifest\.digest=.* must be 64 hexadecimal digits"):
+        Manifest.from_json(as_json(pieces=None, digest=digest))
+
+
+def test_pieces_that_are_checked_already_are_not_checked_again(monkeypatch):
+    manifest = make()
+    monkeypatch.setattr(manifest_file, "_check_piece", None)
+    assert dataclasses.replace(manifest, version=8, checksums=()).brief().digest == DIGEST
 
 
 def test_checksums_of_several_messages():
@@ -70,7 +96,7 @@ def test_checksums_of_several_messages():
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"format": 1}, r"Manifest\.format=1 is unknown, this code reads 2.*same version of megatron_dapo"),
+        ({"format": 1}, r"Manifest\.format=1 is unknown, this code reads 3.*same version of megatron_dapo"),
         ({"format": True}, r"Manifest\.format=True"),
         ({"version": -1}, r"Manifest\.version=-1 must be an integer of at least 0"),
         ({"version": "7"}, r"Manifest\.version='7'"),
@@ -136,6 +162,7 @@ def without(field: str) -> dict[str, Any]:
         (without("version"), "Manifest lacks the field 'version'"),
         (as_json(tensors=[]), "Manifest has the unknown field 'tensors'"),
         (without("path") | {"format": 9}, r"Manifest\.format=9"),  # first: other formats have other fields
+        (as_json(digest="0" * 64), r"Manifest\.digest='0000.* is not that of its pieces"),
         (as_json(pieces={}), r"Manifest\.pieces must be a list"),
         (as_json(pieces=[{}]), r"Manifest\.pieces\[0\] must be a list of 4"),
         (as_json(pieces=[[1, [0], [2]]]), r"Manifest\.pieces\[0\] must be a list of 4"),

@@ -161,7 +161,7 @@ HOSTS = ["a", "a", "b", "b"]
         ("a", 0, 0, 1),  # the carrier does not, its neighbour does
         ("a", 2, 0, 1),  # more devices than ranks: they take turns
         ("b", 1, 3, 3),
-        ("c", 0, None, 1),  # no rank on its host: any, and the worker receives itself
+        ("c", 0, "c", 1),  # no rank on its host: any, and the host's own process carries
     ],
 )
 def test_the_nearest_rank_sends(host, device, carrier, source):

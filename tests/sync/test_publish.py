@@ -26,13 +26,17 @@ TIMEOUT = TimeoutError("http://x/update_weights did not answer within 600 s")
 
 
 class Exchange:
-    """Rounds of 0, 1 and 2 bytes a worker; notes its workers, who takes part, and how far it was walked."""
+    """Rounds of 0, 1 and 2 bytes a worker; notes its workers, who takes part, and how far it was walked. It
+    loses the engines `loses` in the round of that number.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, loses: Collection[str] = (), loses_in_round: int = 0) -> None:
         self.workers: list[Worker] = []
         self.walked: list[int] = []
         self.engines: list[list[str]] = []
         self.verified: list[bool] = []
+        self.lost: dict[str, str] = {}
+        self.loses, self.loses_in_round = loses, loses_in_round
 
     def set_workers(self, workers: Sequence[Worker]) -> None:
         self.workers = list(workers)
@@ -42,7 +46,10 @@ class Exchange:
     ) -> Iterator[Mapping[str, list[Manifest]]]:
         self.engines.append(list(engines))
         self.verified.append(verify)
+        self.lost = {}
         for number in range(NUM_ROUNDS):
+            if number == self.loses_in_round:
+                self.lost = {name: "host1 is gone" for name in self.loses}
             manifest = Manifest(
                 version=version,
                 table=TABLE.digest,
@@ -52,7 +59,8 @@ class Exchange:
                 dtype_whole="float32",
                 pieces=(),
             )
-            yield {w.engine: [manifest] for w in self.workers if w.engine in engines}
+            following = {*engines} - self.lost.keys()
+            yield {w.engine: [manifest] for w in self.workers if w.engine in following}
         self.walked.append(NUM_ROUNDS)
 
 
@@ -151,6 +159,72 @@ def test_the_next_push_goes_to_the_restarted_replica_again():
     assert fleet.ready == {"a": 7, "b": 7} and exchange.engines[2] == ["a", "b"]
     assert fleet.clients["a"].calls.count("tables") == 1  # a was asked once, and the new b too
     assert fleet.clients["b"].calls.count("tables") == 1
+
+
+def test_pieces_are_told_once_to_whoever_has_committed():
+    fleet, exchange = Fleet(a=client(), b=client("update [1]", DEATH)), Exchange()
+    publisher = make_publisher(exchange)
+    publisher.publish([], 5, fleet)
+    old = fleet.clients["b"]
+    fleet.clients["b"] = client()
+    fleet.targets.append("b")
+    publisher.publish([], 6, fleet)
+    publisher.publish([], 7, fleet)
+    assert fleet.clients["a"].told == [True] * NUM_ROUNDS + [False] * 2 * NUM_ROUNDS
+    assert old.told == [True, True]
+    assert fleet.clients["b"].told == [True] * NUM_ROUNDS + [False] * NUM_ROUNDS  # restarted: told again
+
+
+def test_pieces_are_told_again_when_the_engines_are_others():
+    fleet, publisher = Fleet(a=client()), make_publisher(Exchange())
+    publisher.publish([], 5, fleet)
+    fleet.clients["b"] = client()
+    fleet.targets.append("b")
+    publisher.publish([], 6, fleet)
+    assert fleet.clients["a"].told == [True] * 2 * NUM_ROUNDS  # another plan may cut chunks otherwise
+
+
+@pytest.mark.parametrize("number", range(NUM_ROUNDS))
+def test_engines_whose_host_is_lost_get_nothing_more_and_the_others_commit(number):
+    fleet, exchange = Fleet(a=client(), b=client(), c=client()), Exchange(["b", "c"], number)
+    report = make_publisher(exchange).publish([], 5, fleet)
+    assert report.committed == ("a",) and fleet.ready == {"a": 5}
+    assert [str(failure) for failure in report.failures] == [
+        f"{name} failed while it received weights: ConnectionError: host1 is gone" for name in "bc"
+    ]
+    assert [(name, phase) for name, phase, _ in fleet.failed] == [("b", "send"), ("c", "send")]
+    assert fleet.clients["b"].calls == fleet.clients["c"].calls == WHOLE[: 2 + number]
+
+
+def test_of_an_engine_that_fails_and_is_lost_the_first_is_said():
+    fleet, exchange = Fleet(a=client(), b=client("update [0]", DEATH)), Exchange(["b"], 1)
+    report = make_publisher(exchange).publish([], 5, fleet)
+    assert [failure.error for failure in report.failures] == ["ConnectionError: host1 is gone"]
+    assert report.committed == ("a",)
+
+
+def test_a_replica_that_has_left_is_sent_nothing_any_more():
+    fleet, exchange = Fleet(a=client(), b=client()), Exchange()
+    publisher = make_publisher(exchange)
+    publisher.publish([], 5, fleet)
+    del fleet.clients["b"]
+    fleet.targets = ["a"]
+    assert publisher.publish([], 6, fleet).committed == ("a",)
+    assert [worker.engine for worker in exchange.workers] == ["a"]
+    fleet.clients["b"], fleet.targets = client(), ["a", "b"]  # another one of that name tells its tables
+    assert publisher.publish([], 7, fleet).committed == ("a", "b")
+    assert fleet.clients["b"].calls[0] == "tables"
+
+
+def test_a_replica_that_leaves_as_the_push_begins_is_left_behind():
+    fleet, exchange = Fleet(a=client(), b=client()), Exchange()
+    where = fleet.where
+    fleet.where = lambda name: None if name == "b" else where(name)  # type: ignore[method-assign]
+    report = make_publisher(exchange).publish([], 5, fleet)
+    assert report.committed == ("a",) and exchange.engines == [["a"]]
+    assert [str(failure) for failure in report.failures] == [
+        "b failed while it received weights: ConnectionError: it has left the run"
+    ]
 
 
 def test_an_engine_that_would_not_take_all_weights_is_refused_before_it_gets_any():

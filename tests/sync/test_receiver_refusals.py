@@ -160,6 +160,31 @@ def test_elements_in_the_wrong_place_are_noticed(case, monkeypatch, name):
     case.check()
 
 
+def test_pieces_that_were_never_told_are_refused(case):
+    case.worker.receiver.start_weight_update()
+    rounds = staged(case.plan, case.first, 1, names={Q_PROJ})
+    [manifest] = next(manifests for manifests in rounds if manifests[0].pieces)
+    with pytest.raises(ValueError, match="pp rank 0 was never told the pieces of digest 0000000000000000;"):
+        case.worker.receive(dataclasses.replace(manifest, pieces=None, digest="0" * 64))
+    case.check()
+
+
+def test_pieces_are_forgotten_with_their_table(case):
+    live, table = case.worker, case.plan.workers[0].table
+    live.push(case.plan, case.second, 1)
+    live.push(case.plan, case.first, 2, brief=True)
+    assert live.as_loaded("v2") == live.as_loaded("load")
+    assert differing(computed(live.model), case.before) == set()
+    live.receiver.use_table(table, {})
+    live.push(case.plan, case.first, 3, brief=True)
+    live.receiver.use_table(dataclasses.replace(table, tp=2), {})
+    live.receiver.start_weight_update()
+    live.receiver.use_table(table, {})
+    with pytest.raises(ValueError, match="was never told the pieces"):
+        live.push(case.plan, case.first, 4, brief=True)
+    case.check()
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -174,16 +199,17 @@ def test_a_piece_that_makes_no_sense_is_refused(case, changed, words):
     case.worker.receiver.start_weight_update()
     rounds = staged(case.plan, case.first, 1, names={Q_PROJ}, verify=False)
     [manifest] = next(manifests for manifests in rounds if manifests[0].pieces)
+    assert manifest.pieces
     broken = dataclasses.replace(manifest.pieces[0], **changed)
     with pytest.raises(ValueError, match=words):
-        case.worker.receive(dataclasses.replace(manifest, pieces=(broken,)))
+        case.worker.receive(dataclasses.replace(manifest, pieces=(broken,), digest=""))
 
 
 def test_a_file_that_is_too_short_is_refused(case):
     case.worker.receiver.start_weight_update()
     rounds = staged(case.plan, case.first, 1)
     [manifest] = next(rounds)
-    with pytest.raises(ValueError, match="greater than file size"):
+    with pytest.raises(ValueError, match=r"offset=1048576, num_bytes=\d+ must lie in the \d+ bytes of"):
         case.worker.receive(dataclasses.replace(manifest, offset=1 << 20))
 
 

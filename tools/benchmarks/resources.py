@@ -9,7 +9,9 @@ import torch
 
 
 def memory(key: str) -> int:
-    """Bytes of `key` in /proc/self/status: VmRSS (resident now) or VmHWM (the most since the last reset)."""
+    """Bytes of `key` in /proc/self/status: VmRSS (resident now), RssShmem (of that, shared) or
+    VmHWM (the most since the last reset).
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import torch
 from vllm.model_executor.model_loader.reload import layerwise
 
 from benchmarks.resources import memory, reset_peak
@@ -24,7 +23,6 @@ _open: set[str] = set()  # what is being timed now; calls inside it are part of 
 class BenchmarkExtension(WorkerExtension):
     benchmark_whole = False  # whether this worker says that it needs all tensors whole
     benchmark_resident = 0  # bytes, when the push began
-    benchmark_loaders: Sequence[tuple[Any, dict[str, Any]]] = ()  # as they were before the first push
 
     def megatron_dapo_sink_table(self, shapes: dict[str, list[int]], dtype: str) -> dict[str, Any]:
         answer = super().megatron_dapo_sink_table(shapes, dtype)
@@ -38,15 +36,11 @@ class BenchmarkExtension(WorkerExtension):
     def benchmark_vllm_loads(self) -> None:
         """From now on vLLM's own loaders load, all tensors whole."""
         self.benchmark_whole = True
-        for tensor, attributes in self.benchmark_loaders:
-            tensor.__dict__ = dict(attributes)
 
     def benchmark_begin(self) -> None:
         """A push begins: seconds and peak memory are counted from here on."""
         worker: Any = self
         model = worker.model_runner.get_model()
-        if not self.benchmark_loaders:
-            self.benchmark_loaders = _loaders(model)
         if not hasattr(layerwise._copy_and_restore_kernel_tensors, "__wrapped__"):
             _time(layerwise, "_copy_and_restore_kernel_tensors", "kernel_copy_seconds")
         for layer in model.modules():
@@ -54,27 +48,18 @@ class BenchmarkExtension(WorkerExtension):
                 if hasattr(owner, REPACK) and not hasattr(getattr(owner, REPACK), "__wrapped__"):
                     _time(owner, REPACK, "repack_seconds")
         _seconds.clear()
-        self.benchmark_resident = reset_peak()
+        self.benchmark_resident = reset_peak() - memory("RssShmem")
 
     def benchmark_end(self) -> dict[str, float]:
         """Seconds in vLLM's repacking and in its copies of repacked weights to where its kernels expect them;
-        the most bytes that were resident (chunks that are mapped included) over those when the push began.
+        the most bytes that were resident over those when the push began, which count without memory that
+        processes share: chunks stay mapped from push to push.
         """
         return {
             "repack_seconds": _seconds["repack_seconds"],
             "kernel_copy_seconds": _seconds["kernel_copy_seconds"],
             "peak_extra_bytes": memory("VmHWM") - self.benchmark_resident,
         }
-
-
-def _loaders(model: torch.nn.Module) -> list[tuple[torch.Tensor, dict[str, Any]]]:
-    """Of the parameters, and of those that vLLM begins a reload with: their attributes, of which one may be a
-    loader.
-    """
-    tensors: list[torch.Tensor] = list(model.parameters())
-    for layer in model.modules():
-        tensors.extend(layerwise.get_layerwise_info(layer).restore_metadata[0].values())
-    return [(tensor, dict(tensor.__dict__)) for tensor in tensors]
 
 
 def _time(owner: Any, name: str, key: str) -> None:

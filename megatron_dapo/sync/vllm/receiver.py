@@ -1,6 +1,6 @@
 """The receiving end of a weight push, inside each vLLM worker.
 
-Chunks of exactly this worker's elements arrive in memory shared with a policy rank (sync/exchange.py), each
+Chunks of exactly this worker's elements arrive in memory shared with their carrier (sync/exchange.py), each
 described by a Manifest. Where they go says the worker's sink table. They are written inside vLLM's layerwise
 reload, so it also works where vLLM repacks weights (CPU kernels, FP8).
 """
@@ -8,9 +8,7 @@ reload, so it also works where vLLM repacks weights (CPU kernels, FP8).
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +28,7 @@ from megatron_dapo.sync.arrivals import Arrivals
 from megatron_dapo.sync.manifest import Manifest, Piece
 from megatron_dapo.sync.sinks import Sink, SinkTable
 from megatron_dapo.sync.vllm import reload
+from megatron_dapo.sync.vllm.carrier_memory import CarrierMemory
 from megatron_dapo.sync.vllm.digest import UpdateDigests
 
 NAMES_IN_ERRORS = 10
@@ -56,8 +55,13 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
     _next: tuple[SinkTable, str, Mapping[str, tuple[int, ...]]] | None = None  # use_table's, and the digest
+    _table_digest = ""
     _digests: UpdateDigests | None = None
-    _loaders: reload.Loaders | None = None  # vLLM's, during an update
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._memory = CarrierMemory()
+        self._pieces: dict[str, tuple[Piece, ...]] = {}  # by digest, of chunks of the table in use
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         pass
@@ -76,8 +80,10 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError("this worker has no sink table; call megatron_dapo_sink_table before a push")
         self._drop_digests()
         reload.abandon_update(self.model)
-        self._put_back_loaders()
-        self._table, self._table_digest, self._whole_shapes = self._next
+        self._memory.release()
+        before, (self._table, self._table_digest, self._whole_shapes) = self._table_digest, self._next
+        if before != self._table_digest:
+            self._pieces.clear()
         self._arrivals = Arrivals(self._table, self._whole_shapes)
         self._whole: dict[str, torch.Tensor] = {}  # sent whole, and not complete yet
         self._version: int | None = None
@@ -86,14 +92,15 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
         if current_platform.is_cpu():
             reload.forget_packed_experts(self.model)
-        self._loaders = reload.take_rows(self.model, self._table)
+        self._rows = reload.RowLoader(self.model, self._table)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load one chunk; afterwards nothing refers to its memory, which the trainer fills anew.
+        """Load one chunk. vLLM waits for the device before it answers, and then nobody reads the chunk's
+        memory, which its carrier fills anew.
 
         ValueError for a chunk of another table, of another version than the update's or with another
-        checksum, for elements that are sent twice, and in a push with checksums for elements that are not
-        where they belong.
+        checksum, for pieces that are named and were never told, for elements that are sent twice, and in a
+        push with checksums for elements that are not where they belong.
         """
         manifest = update_info.manifest
         if manifest.table != self._table_digest:
@@ -104,24 +111,33 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._version not in (None, manifest.version):
             raise ValueError(f"weight update {self._version} received a chunk of version {manifest.version}")
         self._version = manifest.version
-        if not manifest.pieces:
+        if not (pieces := self._pieces_of(manifest)):
             return
-        chunk = mapped(manifest)
+        chunk = self._memory.chunk(manifest)
         self._check(manifest, chunk)
-        for number, piece in enumerate(manifest.pieces):
+        for number, piece in enumerate(pieces):
             sink = self._arrivals.take(piece)
             dtype = manifest.dtype_whole if piece.sink is None else self._table.dtypes[sink.parameter]
             values = view(chunk, piece, getattr(torch, dtype), f"Manifest.pieces[{number}]")
             if piece.sink is None:
                 self._take_whole(sink, values)
             else:
-                reload.give_row(self.model, sink, values, verify=bool(manifest.checksums))
-        reload.copy_waiting_tensors(self.model, chunk)
+                self._rows.load(sink, values, verify=bool(manifest.checksums))
+
+    def _pieces_of(self, manifest: Manifest) -> tuple[Piece, ...]:
+        if manifest.pieces is not None:
+            self._pieces[manifest.digest] = manifest.pieces
+        elif manifest.digest not in self._pieces:
+            raise ValueError(
+                f"{self._worker} was never told the pieces of digest {manifest.digest[:16]}; the first push "
+                f"of a plan to an engine must bring them"
+            )
+        return self._pieces[manifest.digest]
 
     def _check(self, manifest: Manifest, chunk: torch.Tensor) -> None:
         for checksum in manifest.checksums:
             begin, end = checksum.offset, checksum.offset + checksum.num_bytes
-            if xxhash.xxh3_64_hexdigest(chunk[begin:end].numpy().data) != checksum.xxh3:
+            if xxhash.xxh3_64_hexdigest(chunk[begin:end].cpu().numpy().data) != checksum.xxh3:
                 raise ValueError(
                     f"{self._worker}: bytes {begin} to {end} of a chunk of weight update {manifest.version} "
                     f"are not those that were sent"
@@ -149,7 +165,6 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"weight update {self._version} is incomplete: {'; '.join(missing[:NAMES_IN_ERRORS])}{more}"
             )
         finalize_layerwise_reload(self.model, self.model_config)
-        self._put_back_loaders()
         digests = self._drop_digests()
         for layer in tied:
             # vLLM reloads only one of the layers that share a parameter; the other keeps what it packed from
@@ -159,15 +174,11 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             digests.write(self._version)
 
     def shutdown(self) -> None:
-        pass
+        self._memory.close()
 
     @property
     def _worker(self) -> str:
         return f"the worker of tp rank {self._table.tp_rank}, pp rank {self._table.pp_rank}"
-
-    def _put_back_loaders(self) -> None:
-        loaders, self._loaders = self._loaders, None
-        reload.put_back(loaders or [])
 
     def _drop_digests(self) -> UpdateDigests | None:
         """Stop watching the layers of this update."""
@@ -175,18 +186,6 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if digests:
             digests.detach()
         return digests
-
-
-def mapped(manifest: Manifest) -> torch.Tensor:
-    """The bytes of the chunk, without a copy; not to be written to. ValueError if the file is too short."""
-    first = manifest.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    before = manifest.offset - first
-    with open(manifest.path, "rb") as file:
-        size = before + manifest.num_bytes
-        memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=first)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(memory, dtype=torch.uint8, offset=before)
 
 
 def view(chunk: torch.Tensor, piece: Piece, dtype: torch.dtype, where: str) -> torch.Tensor:

@@ -1,9 +1,8 @@
 """What a weight update must know of vLLM's layerwise reload.
 
-vLLM keeps the arguments of a layer's loaders until all elements of the layer have arrived, then loads it and
-repacks it for its kernels. Here are the loader that it calls for the rows of a sink table, and what its
-reload leaves open: layers that got too little, layers that share a parameter, kernels that packed their
-weights for good, an update that was given up.
+vLLM waits until all elements of a layer have arrived, then repacks it for its kernels. Here is what fills
+layers by the rows of a sink table, and what its reload leaves open: layers that got too little, layers that
+share a parameter, kernels that packed their weights for good, an update that was given up.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ import torch
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
-    _get_original_loader,
+    _layerwise_process,
     _place_kernel_tensors,
-    _wrap_parameters_weight_loader,
     get_layerwise_info,
 )
-from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+from vllm.model_executor.model_loader.reload.meta import materialize_layer
+from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
+from vllm.model_executor.model_loader.reload.utils import get_layer_size, get_tensor_load_numel
 
 from megatron_dapo.sync.regions import Region
 from megatron_dapo.sync.sinks import Padding, Sink, SinkTable
@@ -30,74 +30,71 @@ from megatron_dapo.sync.sinks import Padding, Sink, SinkTable
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-Loaders = list[tuple[torch.Tensor, Any]]  # tensors of a model and their weight_loader; None: vLLM's default
-
-
-def take_rows(model: torch.nn.Module, table: SinkTable) -> Loaders:
-    """Have the parameters in a reload that has begun filled by `load_row`, and give them their padding.
-    Returns the loaders that they had, for `put_back`.
+class RowLoader:
+    """Writes the rows of a sink table into a model in a reload that has begun: each at once, and a layer is
+    repacked as soon as all elements of its parameters are there.
 
     RuntimeError when vLLM would wait for another number of elements than the table has of a parameter.
     """
-    loaders: Loaders = []
-    totals = Counter[str]()
-    for row in (*table.sinks, *table.padding):
-        totals[row.parameter] += math.prod(row.size)
-    for name, total in totals.items():
-        layer, tensor = _find(model, name)
-        if (expected := get_tensor_load_numel(tensor)) != total:
-            raise RuntimeError(
-                f"the sink table has {total} elements of {name}, of which vLLM loads {expected}"
-            )
-        original = _get_original_loader(tensor) if hasattr(tensor, "weight_loader") else None
-        loaders.append((tensor, original))
-        tensor.weight_loader = load_row  # type: ignore[attr-defined]
-        _wrap_parameters_weight_loader(layer)
-    for padding in table.padding:
-        value = torch.tensor(padding.value, dtype=getattr(torch, table.dtypes[padding.parameter]))
-        give_row(model, padding, value.expand(padding.size), verify=False)
-    return loaders
 
+    def __init__(self, model: torch.nn.Module, table: SinkTable) -> None:
+        self._places: dict[str, tuple[torch.nn.Module, str]] = {}  # the layer of a parameter, its name there
+        totals = Counter[str]()
+        for row in (*table.sinks, *table.padding):
+            totals[row.parameter] += math.prod(row.size)
+        for name, total in totals.items():
+            module, _, leaf = name.rpartition(".")
+            layer = model.get_submodule(module)
+            if (expected := get_tensor_load_numel(getattr(layer, leaf))) != total:
+                raise RuntimeError(
+                    f"the sink table has {total} elements of {name}, of which vLLM loads {expected}"
+                )
+            assert not is_deferred_attention_layer(layer), "vLLM loads the scales of a cache in another way"
+            self._places[name] = layer, leaf
+        for padding in table.padding:
+            value = torch.tensor(padding.value, dtype=getattr(torch, table.dtypes[padding.parameter]))
+            self.load(padding, value.expand(padding.size), verify=False)
 
-def put_back(loaders: Loaders) -> None:
-    """Let vLLM load by itself again: the tensors that it notes for reloads, and biases, outlive an update."""
-    for tensor, loader in loaders:
-        if loader is None:
-            vars(tensor).pop("weight_loader", None)
-        else:
-            tensor.weight_loader = loader  # type: ignore[attr-defined]
-
-
-def give_row(model: torch.nn.Module, row: Sink | Padding, values: torch.Tensor, *, verify: bool) -> None:
-    """Hand `values` to vLLM's reload, which writes them when their layer is complete. verify: look then
-    whether they are where the row says; ValueError if not.
-    """
-    _, tensor = _find(model, row.parameter)
-    tensor.weight_loader(tensor, values, row, verify)  # type: ignore[attr-defined]
-
-
-def load_row(param: torch.Tensor, loaded_weight: torch.Tensor, row: Sink | Padding, verify: bool) -> None:
-    """A loader as vLLM calls them, with the names that it knows: once to count the elements, on the meta
-    device, and once to load them.
-    """
-    write(param, row.region, loaded_weight)
-    if not verify or param.is_meta:
-        return
-    written = param.data.as_strided(row.size, row.stride, row.offset).cpu()
-    bits = BITS[written.itemsize]
-    if not torch.equal(written.view(bits), loaded_weight.cpu().view(bits)):
-        raise ValueError(f"{row.parameter} does not hold what was sent for it at {row.region}")
+    def load(self, row: Sink | Padding, values: torch.Tensor, *, verify: bool) -> None:
+        """verify: look whether they are where the row says; ValueError if not."""
+        layer, leaf = self._places[row.parameter]
+        info = get_layerwise_info(layer)
+        if getattr(layer, leaf).is_meta:
+            materialize(layer, info)
+        param = getattr(layer, leaf)
+        write(param, row.region, values)
+        if verify:
+            written = param.data.as_strided(row.size, row.stride, row.offset).cpu()
+            sent, bits = values.cpu().to(written.dtype), BITS[written.itemsize]
+            if not torch.equal(written.view(bits), sent.view(bits)):
+                raise ValueError(f"{row.parameter} does not hold what was sent for it at {row.region}")
+        info.load_numel += values.numel()
+        info.load_numel_total = get_layer_size(layer)  # as vLLM does: a layer may get its bias late
+        if info.load_numel >= info.load_numel_total:
+            _layerwise_process(layer, info)
 
 
 def write(param: torch.Tensor, region: Region, values: torch.Tensor) -> None:
     param.data.as_strided(region.size, region.stride, region.offset).copy_(values)
 
 
-def _find(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    """The layer that has the parameter or buffer `name`, and this as it is now."""
-    module, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(module)
-    return layer, getattr(layer, leaf)
+def materialize(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
+    """Memory for the parameters of a layer that are on the meta device. Where the kernels use a parameter as
+    it is loaded, their own memory is written to; that saves a copy, and fresh memory, which costs more than
+    the copy.
+    """
+    kernel_parameters, _ = info.kernel_tensors or ({}, {})
+    for name, parameter in layer.named_parameters(recurse=False):
+        kernel = kernel_parameters.get(name)
+        if parameter.is_meta and kernel is not None and _are_alike(parameter, kernel):
+            view = kernel.data
+            view.__class__, view.__dict__ = parameter.__class__, dict(parameter.__dict__)
+            setattr(layer, name, view)
+    materialize_layer(layer, info)
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
 
 
 def abandon_update(model: torch.nn.Module) -> None:
@@ -117,16 +114,6 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
         method = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
-
-
-def copy_waiting_tensors(model: torch.nn.Module, chunk: torch.Tensor) -> None:
-    """Copy what incomplete layers keep of `chunk`, whose memory the trainer is about to overwrite."""
-    shared = chunk.untyped_storage().data_ptr()
-    for layer in model.modules():
-        for _, call in get_layerwise_info(layer).loaded_weights:
-            for name, value in call.arguments.items():
-                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == shared:
-                    call.arguments[name] = value.clone()
 
 
 def tied_layers(model: torch.nn.Module) -> list[Any]:

@@ -1,0 +1,58 @@
+"""What leaves a GPU while engines sample on it, and comes back for the next update: the optimizer's state,
+that is fp32 master weights and moments, goes to the host; the gradient buffers are dropped.
+
+The model's own weights stay: the push reads them, and so do checkpoints and the export. With
+optimizer.cpu_offload the optimizer's state stays where it is: Megatron could not tell, on the way back, what
+belongs on the host. On a CPU Megatron's calls run too; they drop the gradients, and leave the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from megatron_dapo.policy.model import gather_weights
+from megatron_dapo.policy.step import Policy
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of this process, GiB. allocated: tensors on the GPU; reserved: with what torch keeps for more of them,
+    all that no other process can have. On a CPU both are its resident memory.
+    """
+
+    allocated: float
+    reserved: float
+
+    def __str__(self) -> str:
+        return f"{self.allocated:.2f} GiB allocated, {self.reserved:.2f} GiB reserved"
+
+
+def memory_now(device: torch.device) -> Memory:
+    if device.type == "cpu":
+        resident = psutil.Process().memory_info().rss / GIB
+        return Memory(resident, resident)
+    return Memory(torch.cuda.memory_allocated(device) / GIB, torch.cuda.memory_reserved(device) / GIB)
+
+
+def to_host(policy: Policy) -> None:
+    """Collective. Free what the policy needs for updates alone. It can be saved meanwhile, not updated."""
+    gather_weights(policy.chunks)  # what is gathered on demand may lie in a gradient buffer until then
+    policy.optimizer.zero_grad()  # its gradients may be views of the buffers
+    for chunk in policy.chunks:
+        chunk.offload_grad_buffers()
+    if not policy.config.optimizer.cpu_offload:
+        policy.optimizer.offload_to_cpu()
+    torch.cuda.empty_cache()
+
+
+def to_device(policy: Policy) -> None:
+    """Undo `to_host`. Gradients are zero then."""
+    if not policy.config.optimizer.cpu_offload:
+        policy.optimizer.restore_from_cpu()
+    for chunk in policy.chunks:
+        chunk.restore_grad_buffers()

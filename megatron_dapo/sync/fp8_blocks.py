@@ -1,0 +1,145 @@
+"""Weights in block FP8, made where the policy holds them, so that an element travels as one byte.
+
+An engine of a checkpoint with `quant_method: fp8` and `weight_block_size: [128, 128]` (DeepSeek's format) has
+for every linear layer a `weight` in float8_e4m3fn and a `weight_scale_inv` in float32, with a number for each
+block of 128 x 128: the block's values times that number are the weights. Its sink table names both as tensors
+of the checkpoint. `block_holdings` says which ranks can make which part of them, and BlockWeights makes it:
+
+    linear = linear_weights(hf_shapes(model))
+    held = block_holdings(holdings(model, layout), linear)     # for make_plan
+    weights = BlockWeights(policy.held_shards(), linear)       # in place of LocalWeights
+
+A block is quantised by one rank, so the policy's slices must begin and end at borders of blocks. Those of
+Qwen2.5-32B do at tp 1 to 8, those of models with heads of 64 dimensions do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from megatron_dapo.errors import UserError
+from megatron_dapo.sync.regions import MappedBox
+from megatron_dapo.sync.sources import Extent, Held, Holdings, LocalWeights
+from megatron_dapo.weights.slices import Shard
+
+BLOCK = 128  # rows and columns
+SCALES = "_scale_inv"  # behind the name of a weight: the tensor of its blocks' scales
+LINEAR = "_proj.weight"  # how the names of linear layers' weights end, in all families of weights/names.py
+SMALLEST_MAXIMUM = 1e-4  # a block's largest value counts as at least this, as in vLLM
+
+Shapes = Mapping[str, Extent]  # by name of the Hugging Face tensor
+
+
+def linear_weights(shapes: Shapes) -> Shapes:
+    """The tensors that are quantised: not embeddings, head, norms, biases and routers of experts."""
+    return {name: shape for name, shape in shapes.items() if name.endswith(LINEAR)}
+
+
+def checkpoint_facts(shapes: Shapes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every tensor of the quantised checkpoint, with `dtype` for what is not quantised."""
+    facts = {name: (tuple(shape), dtype) for name, shape in shapes.items()}
+    for name, (rows, columns) in linear_weights(shapes).items():
+        facts[name] = ((rows, columns), torch.float8_e4m3fn)
+        facts[name + SCALES] = ((-(-rows // BLOCK), -(-columns // BLOCK)), torch.float32)
+    return facts
+
+
+def quantization_config(shapes: Shapes) -> dict[str, Any]:
+    """What the config.json of the quantised checkpoint has under this name."""
+    kept = [name for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(LINEAR)]
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        "modules_to_not_convert": [name.removesuffix(".weight") for name in kept],
+    }
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values in float8_e4m3fn, of the shape of `weight`; `block_scales`): bit for bit what vLLM makes of a
+    bf16 weight (vllm/utils/deep_gemm.py, per_block_cast_to_fp8) on a CPU.
+    """
+    rows, columns = weight.shape
+    scales = block_scales(weight)
+    values = _blocks(weight) * (1.0 / scales)[:, None, :, None]
+    whole = values.to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
+    return whole[:rows, :columns], scales
+
+
+def block_scales(weight: torch.Tensor) -> torch.Tensor:
+    """float32 [rows / 128, columns / 128], rounded up: the blocks' largest values over that of FP8."""
+    largest = _blocks(weight).abs().amax(dim=(1, 3)).float().clamp(min=SMALLEST_MAXIMUM)
+    # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds differently
+    return largest / torch.full_like(largest, torch.finfo(torch.float8_e4m3fn).max)
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    """[block, row in it, block, column in it]; with zeros where the weight ends inside a block."""
+    rows, columns = weight.shape
+    missing = (0, -columns % BLOCK, 0, -rows % BLOCK)
+    if any(missing):
+        weight = torch.nn.functional.pad(weight, missing)
+    return weight.reshape(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
+
+
+def block_holdings(held: Holdings, shapes: Shapes) -> Holdings:
+    """`held` with the scales of `shapes`. UserError for a slice that begins or ends inside a block."""
+    scales: dict[str, tuple[Held, ...]] = {}
+    for name, shape in shapes.items():
+        for part in held[name]:
+            _check_borders(name, shape, part.box)
+        scales[name + SCALES] = tuple(Held(_over_blocks(part.box), part.ranks) for part in held[name])
+    return {**held, **scales}
+
+
+def _check_borders(name: str, shape: Extent, box: MappedBox) -> None:
+    for dim, (begin, size, extent) in enumerate(zip(box.start, box.size, shape, strict=True)):
+        end = begin + size
+        if begin % BLOCK or (end % BLOCK and end != extent):
+            raise UserError(
+                f"a rank of the policy holds {('rows', 'columns')[dim]} {begin} to {end - 1} of {name}, but "
+                f"engines in block FP8 need whole blocks of {BLOCK}; choose a layout.tensor_parallel that "
+                f"cuts it at multiples of {BLOCK}, or engines in bf16"
+            )
+
+
+def _over_blocks(box: MappedBox) -> MappedBox:
+    """The box in blocks instead of elements."""
+    start = tuple(begin // BLOCK for begin in box.start)
+    ends = (-(-(begin + size) // BLOCK) for begin, size in zip(box.start, box.size, strict=True))
+    return MappedBox(start, tuple(end - first for end, first in zip(ends, start, strict=True)))
+
+
+class BlockWeights(LocalWeights):
+    """LocalWeights with those of `shapes` in block FP8, and their scales, made of the bf16 values in every
+    view anew.
+    """
+
+    def __init__(self, shards: Iterable[Shard], shapes: Shapes) -> None:
+        super().__init__(shards)
+        self._shapes = shapes
+
+    def view(self, name: str, start: Extent, size: Extent) -> torch.Tensor:
+        source = name.removesuffix(SCALES)
+        if source not in self._shapes:
+            return super().view(name, start, size)
+        box = MappedBox(start, size)
+        if source != name:
+            return block_scales(self._bf16(source, box))
+        blocks = _over_blocks(box)
+        values, _ = quantize(self._bf16(name, blocks))
+        for dim in (0, 1):
+            values = values.narrow(dim, start[dim] - blocks.start[dim] * BLOCK, size[dim])
+        return values
+
+    def _bf16(self, name: str, blocks: MappedBox) -> torch.Tensor:
+        """The elements of these blocks, up to the end of the tensor."""
+        start = tuple(first * BLOCK for first in blocks.start)
+        size = tuple(
+            min(n * BLOCK, extent - low)
+            for n, low, extent in zip(blocks.size, start, self._shapes[name], strict=True)
+        )
+        return super().view(name, start, size).to(torch.bfloat16)
