@@ -17,7 +17,7 @@ import pytest
 from support import push_faults, push_holds
 from support.host_runs import NUM_STEPS, RunOnHosts, start
 from support.hosts import Hosts, reason_against
-from support.runs import assert_steps_equal, metrics
+from support.runs import assert_steps_equal
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 ALL = range(1, NUM_STEPS + 1)
-SHORT_CUT_S = 8  # long enough for TCP to have sent again several times, and a third of what counts as silence
+# Long enough for TCP to have sent again several times, and a third of what counts as silence. As long again
+# after the cut everything has come through: TCP waits twice as long each time.
+SHORT_CUT_S = 8
 # TCP's own time-out and the silence that the lifeline counts are equally long.
 SILENT = ("has given no sign of life for 20 s", "is gone (Connection timed out)")
 RESUME = "resume with the same command on every host, with checkpoint.resume=auto"
@@ -38,10 +40,10 @@ def hosts(two_hosts) -> Iterator[Hosts]:
 
 
 @contextmanager
-def begun(hosts: Hosts, place: SimpleNamespace, name: str, engine: int) -> Iterator[RunOnHosts]:
+def begun(hosts: Hosts, place: SimpleNamespace, name: str, engine: int, **extra: str) -> Iterator[RunOnHosts]:
     """A run that has come to its third weight push, in which that engine stands still."""
     folder = place.folder / name
-    extra = with_extension(place, push_holds, f"{engine} 3 {folder}")
+    extra |= with_extension(place, push_holds, f"{engine} 3 {folder}")
     values = {"rollout__extra_args": "[--worker-extension-cls,push_holds.Extension]"}
     with start(place, [hosts[0], hosts[1]], name, ranks=1, extra=extra, **values) as run:
         run.until((folder / "pushing").exists)
@@ -93,25 +95,24 @@ def test_a_slow_link_changes_no_bit(hosts, place, finished):
 
 def test_a_run_goes_on_over_a_short_cut(hosts, place, finished):
     """TCP sends again what was lost, and nobody takes a third of the silence for the end: the cut changes
-    nothing, in a push and in the step after it.
+    nothing, in a push and in a rollout.
     """
     run_dir = place.folder / "short_cut"
-    with begun(hosts, place, "short_cut", engine=1) as run:
-        cut_for_a_while(hosts, run_dir / "go_on")
-        run.until(lambda: len(metrics(run_dir)) >= 2)
-        cut_for_a_while(hosts)
+    with begun(hosts, place, "short_cut", engine=1, DAPO_TEST_HOLD=f"{run_dir} 2") as run:
+        hosts[1].cut()
+        (run_dir / "go_on").touch()  # the answer of the engine on the other side is lost at first
+        time.sleep(SHORT_CUT_S)
+        hosts[1].mend()
+        run.until((run_dir / "held").exists)
+        time.sleep(SHORT_CUT_S)
+        hosts[1].cut()
+        time.sleep(SHORT_CUT_S)
+        hosts[1].mend()
+        (run_dir / "release").touch()
         assert run.wait() == 0, run.text
         assert run.all_gone()
     assert "failed" not in run.text and "Traceback" not in run.text
     assert_steps_equal(run_dir, finished, ALL)
-
-
-def cut_for_a_while(hosts: Hosts, go_on: Path | None = None) -> None:
-    hosts[1].cut()
-    if go_on:
-        go_on.touch()  # the answer of the engine on the other side is lost at first
-    time.sleep(SHORT_CUT_S)
-    hosts[1].mend()
 
 
 def test_a_host_that_is_lost_in_a_push_ends_the_run(hosts, place, finished):
