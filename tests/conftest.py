@@ -4,7 +4,6 @@ a minute).
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # tests import helpers (tiny, push) by name
 
 from support.models import MAX_MODEL_LEN, TOKEN, make_tiny_model
+from support.servers import running
 
 
 @pytest.fixture(scope="session")
@@ -48,12 +48,8 @@ def server(tiny_model, tmp_path_factory):
         seed=0,
         extra_env={"MEGATRON_DAPO_DIGEST_DIR": str(run_dir / "digests")},
     )
-    server.start()
-    try:
-        asyncio.run(server.wait_healthy(300))
+    with running(server):
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture

@@ -122,6 +122,16 @@ def sleepers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for path in children for pid in path.read_text().split()]
 
 
+def serve_an_engine(rank_0: RankZero) -> tuple[subprocess.Popen[str], int]:
+    """A host that has joined, and its engine."""
+    rank_0.open()
+    process = rank_0.serve()
+    rank_0.until(lambda: rank_0.has("0/host"))
+    start_engine(rank_0, 4)
+    [engine] = sleepers(process)
+    return process, engine
+
+
 def test_a_host_serves_and_leaves(rank_0):
     """It waits for the run, starts engines, carries weights, drains, and ends with 0."""
     process = rank_0.serve()
@@ -154,11 +164,7 @@ def test_a_host_serves_and_leaves(rank_0):
 
 
 def test_the_end_of_the_run_is_the_end_of_its_hosts(rank_0):
-    rank_0.open()
-    process = rank_0.serve()
-    rank_0.until(lambda: rank_0.has("0/host"))
-    start_engine(rank_0, 4)
-    [engine] = sleepers(process)
+    process, engine = serve_an_engine(rank_0)
     rank_0.store.set(f"{KEY}/ended", "")
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and out.rstrip().endswith("the run has ended")
@@ -166,11 +172,7 @@ def test_the_end_of_the_run_is_the_end_of_its_hosts(rank_0):
 
 
 def test_a_run_that_falls_silent_ends_its_hosts(rank_0):
-    rank_0.open()
-    process = rank_0.serve()
-    rank_0.until(lambda: rank_0.has("0/host"))
-    start_engine(rank_0, 4)
-    [engine] = sleepers(process)
+    process, engine = serve_an_engine(rank_0)
     rank_0.fall_silent()
     _, error = process.communicate(timeout=30)
     assert process.returncode == 1 and "has given no sign of life for 3 s" in error

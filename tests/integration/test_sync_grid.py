@@ -8,9 +8,8 @@ covering part goes into vLLM servers, which are then asked for tokens.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from support.cases import LAYOUTS
 from support.jobs_grid import NUM_UPDATES, Case
 from support.models import TOKEN, make_tiny_model
 from support.ranks import run_ranks
+from support.servers import running
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.environment import DIGEST_VARIABLE
@@ -122,18 +122,12 @@ def test_a_server_computes_as_a_fresh_one(tmp_path, arch, tied, tp, layouts):
     assert sum(len(answer.tokens) for answer in answers) > 32
 
 
-@contextlib.contextmanager
-def started(folder: Path, model: Path, tp: int, name: str) -> Iterator[EngineServer]:
+def started(folder: Path, model: Path, tp: int, name: str) -> AbstractContextManager[EngineServer]:
     """A server of the checkpoint that writes digests into `folder`/`name`."""
     rollout = RolloutConfig(max_concurrency=8, tensor_parallel=tp)
     digests = {DIGEST_VARIABLE: str(folder / name)}
     server = EngineServer(0, str(model), rollout, "fp32", 128, folder / f"{name}_run", TOKEN, 0, digests)
-    server.start()
-    try:
-        asyncio.run(server.wait_healthy(400))
-        yield server
-    finally:
-        server.stop()
+    return running(server, 400)
 
 
 async def generate(server: EngineServer, version: int) -> list[Completion]:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from support.models import MAX_MODEL_LEN, TOKEN
 from support.push import checkpoint, push
+from support.servers import running
 
 from megatron_dapo.config import RolloutConfig
 from megatron_dapo.rollout.client import EngineClient
@@ -46,12 +47,8 @@ def dummy(tiny_model, tmp_path_factory):
         seed=0,
         load_format="dummy",
     )
-    server.start()
-    try:
-        asyncio.run(server.wait_healthy(300))
+    with running(server):
         yield server
-    finally:
-        server.stop()
 
 
 async def outputs(engine: EngineClient) -> list:

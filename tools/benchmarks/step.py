@@ -112,7 +112,7 @@ async def _generate_padded(config: RunConfig, groups: Sequence[Group]) -> dict[s
 
     The model of `config` has no end of sequence, so a request for N tokens gives N.
     """
-    server = make_server(config, 0, Path(config.model.path or ""), "padded", digests="")
+    server = make_server(config, 0, Path(config.model.path or ""), "padded", digests="", load_format="auto")
     server.start()
     try:
         await server.wait_healthy(config.rollout.start_timeout_s)

@@ -56,7 +56,7 @@ def measure(*, prompts: int, samples: int, tokens: int) -> dict[str, Any]:
 async def _both_routes(
     config: RunConfig, model: Path, prompts: int, samples: int, tokens: int
 ) -> dict[str, dict[str, float]]:
-    server = make_server(config, 0, model, "bench", digests="")
+    server = make_server(config, 0, model, "bench", digests="", load_format="auto")
     server.start()
     try:
         await server.wait_healthy(config.rollout.start_timeout_s)
