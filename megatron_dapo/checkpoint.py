@@ -1,19 +1,18 @@
 """Everything a run needs to continue exactly: model, optimizer, schedule, random state, the guard's memory,
 and what the controller knows.
 
-`<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint (any data-parallel size may load
-it), `run.pt`, which every rank reads, and `carried.pt`, the controller's part, which rank 0 reads: groups and
-beginnings of responses, of any size. A folder gets its name only when it is whole, so a crash while saving
-leaves the previous one usable.
+`<run.dir>/checkpoints/step_000012/` holds Megatron's distributed checkpoint of model and optimizer, which
+any layout may load, `run.pt`, which every rank reads, and `carried.pt`, the controller's part, which rank 0
+reads: groups and beginnings of responses, of any size. A folder gets its name only when it is whole, so a
+crash while saving leaves the previous one usable.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import queue
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_dapo.checkpoint_writer import CheckpointWriter
+from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.policy.model import gather_weights
-from megatron_dapo.policy.optimizer import load_optimizer
+from megatron_dapo.policy.optimizer import set_steps
+from megatron_dapo.policy.optimizer_state import sharded_optimizer
 from megatron_dapo.policy.session import Session
 from megatron_dapo.policy.step import Policy
+from megatron_dapo.report.model_card import model_card
 from megatron_dapo.sync.export import export
 
-FORMAT = 2  # of run.pt and carried.pt
+FORMAT = 3  # of run.pt, carried.pt and the optimizer's tensors
 _NAME = re.compile(r"step_(\d{6})$")
-# loads at any data-parallel size, all other sizes alike
-_SHARDING = {"distrib_optim_sharding_type": "dp_reshardable"}
-# Saves are synchronous, so their results may stay in this process. Megatron's own queue is a server process
-# of every rank, which takes seconds to start and outlives a kill -9.
-filesystem_async._results_queue = queue.Queue()
-
-
-class SaveFailed(UserError):
-    """A checkpoint could not be written; the previous one is untouched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,47 +75,32 @@ def choose(run_dir: Path, resume: str, session: Session) -> tuple[Path | None, R
     return folder, read_state(folder, session.rank) if folder else None
 
 
-def save(run_dir: Path, policy: Policy, state: RunState | None, keep: int) -> Path:
-    """Collective. Write a checkpoint of the step, then delete all but the newest `keep`.
+def save(
+    run_dir: Path, policy: Policy, state: RunState | None, keep: int, writer: CheckpointWriter | None = None
+) -> Path:
+    """Collective. Write a checkpoint of the step, then delete all but the newest `keep`; in the background
+    with a `writer` that works there.
 
-    `state` is given on rank 0. SaveFailed on all ranks when any rank could not write.
+    `state` is given on rank 0. SaveFailed on all ranks when any rank could not write this one, or the one
+    before in the background.
     """
-    session = policy.session
-    step: list[Any] = [state.step if state else None]
-    dist.broadcast_object_list(step, src=0, group=session.control)
-    final = (run_dir / "checkpoints" / f"step_{step[0]:06d}").resolve()
-    temporary = final.with_name(final.name + ".tmp")
-    error: BaseException | None = None
-    try:
-        if session.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    except OSError as failure:
-        error = failure
-    _fail_together(error, temporary, session)
-    try:
-        dist_checkpointing.save(_sharded_state(policy), str(temporary), content_metadata=_SHARDING)
-        if session.rank == 0:
-            assert state is not None
-            torch.save(state.rollouts, temporary / "carried.pt")
-            rest = {
-                "format": FORMAT,
-                "step": state.step,
-                "rng": torch.get_rng_state(),
-                "num_updates": policy.num_updates,
-                "guard": policy.guard.state(),
-            }
-            torch.save(rest, temporary / "run.pt")
-    except (Exception, CheckpointException) as failure:
-        error = failure  # whatever layer reports a full disk; a CheckpointException is a BaseException
-    _fail_together(error, temporary, session)
-    if session.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        for old in _complete(run_dir / "checkpoints")[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier(group=session.control)
-    return final
+    writer = writer or CheckpointWriter(policy.session, in_background=False)
+    step = policy.session.channel.share(state.step if state else None)
+    checkpoints = (run_dir / "checkpoints").resolve()
+    files = None
+    if state:
+        rest = {
+            "format": FORMAT,
+            "step": state.step,
+            "rng": torch.get_rng_state(),
+            "schedule": policy.schedule.state_dict(),
+            "num_updates": policy.num_updates,
+            "guard": policy.guard.state(),
+        }
+        files = {"carried.pt": state.rollouts, "run.pt": rest}
+    folder = checkpoints / f"step_{step:06d}"
+    writer.write(folder, _sharded_state(policy), files, done=lambda: _delete_old(checkpoints, keep))
+    return folder
 
 
 def set_aside(run_dir: Path, step: int) -> Path | None:
@@ -148,12 +128,11 @@ def load(folder: Path, policy: Policy) -> None:
     earlier version.
     """
     rest = _read_rest(folder)
-    sharded = _sharded_state(policy, is_loading=True)
-    loaded: Any = dist_checkpointing.load(sharded, str(folder.resolve()))
+    loaded = _read(folder.resolve(), policy)
     for number, chunk in enumerate(policy.chunks):
         chunk.module.load_state_dict(loaded["model"][str(number)])
-    load_optimizer(policy.optimizer, loaded["optimizer"])
-    policy.schedule.load_state_dict(loaded["schedule"])
+    set_steps(policy.optimizer, rest["num_updates"])
+    policy.schedule.load_state_dict(rest["schedule"])
     torch.set_rng_state(rest["rng"])
     policy.num_updates = rest["num_updates"]
     policy.guard.load_state(rest["guard"])
@@ -165,48 +144,104 @@ def _read_rest(folder: Path) -> dict[str, Any]:
     rest = torch.load(folder / "run.pt", weights_only=False)
     if rest.get("format") != FORMAT:
         raise UserError(
-            f"checkpoint.resume: {folder} was written by another version, which keeps its rollouts in "
-            "another form; start a new run with another run.dir, or go on with that version"
+            f"checkpoint.resume: {folder} was written by another version (format {rest.get('format')}, this "
+            f"one reads {FORMAT}); start a new run with another run.dir, or go on with that version"
         )
     return rest
 
 
-def export_hf(run_dir: Path, policy: Policy) -> Path:
-    """Collective. Write the weights as a Hugging Face checkpoint with tokenizer, in the folder that is
-    returned.
+def _read(folder: Path, policy: Policy) -> Any:
+    """Collective. Megatron's load, which puts most values into the live tensors. UserError for files that are
+    missing or damaged.
     """
-    folder, session = run_dir / "hf", policy.session
-    shards, dtype = policy.weight_shards(), policy.config.model.dtype
-    export(shards, policy.spec, dtype, session.rank, session.control, folder, policy.folder)
+    channel, remedy = policy.session.channel, "; take it away to resume from the one before"
+    if damage := channel.share(_damage(folder) if policy.session.rank == 0 else None):
+        raise UserError(f"checkpoint.resume: {folder} is damaged: {damage}{remedy}")
+    try:
+        return dist_checkpointing.load(_sharded_state(policy), str(folder))
+    except (CheckpointException, CheckpointingException) as error:
+        cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
+        text = f"{type(cause).__name__}: {str(cause)[:500]}"
+        raise UserError(f"checkpoint.resume: {folder} cannot be read ({text}){remedy}") from error
+
+
+def _damage(folder: Path) -> str | None:
+    """A file that is missing or too short, and a tensor that it lacks."""
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data or {}
+    except Exception as error:  # pickle's
+        return f".metadata cannot be read ({type(error).__name__}: {error})"
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    for index, place in stored.items():
+        file, end = place.relative_path, place.offset + place.length
+        if (size := sizes.get(file, -1)) < end:
+            found = f"has {size} bytes" if size >= 0 else "is missing"
+            return f"{file} {found}, and should hold {index.fqn} up to byte {end}"
+    return None
+
+
+def export_hf(folder: Path, policy: Policy, step: int) -> Path:
+    """Collective. Write the weights as a Hugging Face checkpoint with tokenizer and model card."""
+    session, config = policy.session, policy.config
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    card = model_card(config, step, metrics) if session.rank == 0 else None
+    shards, dtype = policy.weight_shards(), config.model.dtype
+    export(shards, policy.spec, dtype, session.rank, session.control, folder, policy.folder, card=card)
     return folder
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool = False) -> dict[str, Any]:
+class Keeper:
+    """Checkpoints and exports of a run, when its configuration says. All ranks call the same."""
+
+    def __init__(self, config: RunConfig, session: Session, step: int) -> None:
+        self._options, self._run_dir = config.checkpoint, Path(config.run.dir)
+        self._writer = CheckpointWriter(session, in_background=self._options.async_save)
+        self._saved_step = step  # a fresh run counts as saved
+
+    def keep(
+        self, policy: Policy, step: int, state: Callable[[], RunState | None], say: Callable[[str], None]
+    ) -> None:
+        """What is due after the step. SaveFailed also when the last save in the background has failed."""
+        self._writer.poll()
+        if _due(self._options.every_steps, step):
+            self.save(policy, step, state)
+        if _due(self._options.export_every, step):
+            exports = self._run_dir / "exports"
+            say(f"exported {export_hf(exports / f'step_{step:06d}', policy, step)}")
+            if policy.session.rank == 0 and self._options.keep_exports:
+                _delete_old(exports, self._options.keep_exports, "config.json")
+
+    def save(
+        self, policy: Policy, step: int, state: Callable[[], RunState | None], *, wait: bool = False
+    ) -> None:
+        """A checkpoint of the step unless there is one, complete on return with `wait`. SaveFailed as in
+        `save`.
+        """
+        if step != self._saved_step:
+            save(self._run_dir, policy, state(), self._options.keep, self._writer)
+            self._saved_step = step
+        if wait:
+            self._writer.finish()
+
+
+def _due(every: int, step: int) -> bool:
+    """Whether something that is done every so many steps (0: never) comes after this one."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _sharded_state(policy: Policy) -> dict[str, Any]:
+    """Model and optimizer as tensors of the whole model, of which this rank has parts."""
     gather_weights(policy.chunks)
-
-    def model() -> dict[str, Any]:
-        modules: list[Any] = [chunk.module for chunk in policy.chunks]
-        return {str(number): module.sharded_state_dict() for number, module in enumerate(modules)}
-
-    optimizer = policy.optimizer.sharded_state_dict(model(), is_loading=is_loading, metadata=_SHARDING)
-    return {"model": model(), "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+    modules: list[Any] = [chunk.module for chunk in policy.chunks]
+    model = {str(number): module.sharded_state_dict() for number, module in enumerate(modules)}
+    return {"model": model, "optimizer": sharded_optimizer(policy.optimizer, model)}
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if _NAME.search(p.name) and (p / "run.pt").is_file())
+def _complete(folder: Path, last_file: str = "run.pt") -> list[Path]:
+    """Complete checkpoints (or exports), oldest first."""
+    return sorted(p for p in folder.glob("step_*") if _NAME.search(p.name) and (p / last_file).is_file())
 
 
-def _fail_together(error: BaseException | None, temporary: Path, session: Session) -> None:
-    """Collective. SaveFailed on every rank if any rank has an error."""
-    errors: list[Any] = [None] * dist.get_world_size()
-    own = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(errors, own, group=session.control)
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text]
-    if failed:
-        if session.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveFailed(
-            f"could not save {temporary.with_suffix('')} ({'; '.join(failed)[:2000]}); free space on that "
-            "disk or set run.dir, then resume; the previous checkpoint is untouched"
-        ) from error
+def _delete_old(folder: Path, keep: int, last_file: str = "run.pt") -> None:
+    for old in _complete(folder, last_file)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -154,7 +154,7 @@ class Lifeline:
         self = cls(token, on_loss, clocks or Clocks())
         host, port = address
         try:
-            sock = socket.create_connection(address, timeout=self._clocks.silence_s)
+            sock = socket.create_connection(address, timeout=self.clocks.silence_s)
             sock.sendall(_line("hello", token, name, socket.gethostname()))
             answer = _parse(sock.makefile("rb", buffering=0).readline(LONGEST_LINE))
         except OSError as error:
@@ -176,7 +176,7 @@ class Lifeline:
     def __init__(self, token: str, on_loss: Callable[[Loss], None], clocks: Clocks) -> None:
         self.loss: Loss | None = None  # that ends the run, whether `on_loss` was called for it or not yet
         self.port = 0
-        self._token, self._on_loss, self._clocks = token, on_loss, clocks
+        self._token, self._on_loss, self.clocks = token, on_loss, clocks
         self._listener: socket.socket | None = None
         self._peers: list[_Peer] = []
         self._vital: set[str] = set()
@@ -213,7 +213,7 @@ class Lifeline:
     def _start(self) -> None:
         self._pulse, theirs = socket.socketpair()
         command = [sys.executable, "-ISs", str(Path(__file__).with_name("pulse.py"))]
-        command += map(str, (os.getpid(), self._clocks.beat_s, self._clocks.held_s))
+        command += map(str, (os.getpid(), self.clocks.beat_s, self.clocks.held_s))
         with theirs:
             self._beside = subprocess.Popen(command, stdin=theirs.fileno(), start_new_session=True)
         self._vouch(b"+", *(peer.sock for peer in self._peers if peer.sock))
@@ -225,13 +225,13 @@ class Lifeline:
             self._wake_up.send(b"!")
 
     def _watch(self) -> None:
-        next_beat = time.monotonic() + self._clocks.beat_s
+        next_beat = time.monotonic() + self.clocks.beat_s
         while not self._closing:
             # what has arrived is read before silence is counted
             for key, _ in self._selector.select(max(0.0, next_beat - time.monotonic())):
                 key.data()
             if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + self._clocks.beat_s
+                next_beat = time.monotonic() + self.clocks.beat_s
                 self._beat()
             if self._report_at is not None and time.monotonic() >= self._report_at:
                 self._report()
@@ -249,15 +249,15 @@ class Lifeline:
         self._vouch(b".")
         for peer in list(self._peers):
             peer.silent_beats += 1
-            if peer.silent_beats <= self._clocks.silent_beats:
+            if peer.silent_beats <= self.clocks.silent_beats:
                 if peer.name:  # a stranger expects its welcome
                     self._send(peer, b"\n")
             elif peer.sock is None:
-                self._lose(peer, f"has not connected to rank 0 within {self._clocks.silence_s:g} s")
+                self._lose(peer, f"has not connected to rank 0 within {self.clocks.silence_s:g} s")
             else:
                 self._lose(
                     peer,
-                    f"has given no sign of life for {self._clocks.silence_s:g} s: its process is stopped, or "
+                    f"has given no sign of life for {self.clocks.silence_s:g} s: its process is stopped, or "
                     "its host or network is down",
                 )
 
@@ -272,7 +272,7 @@ class Lifeline:
     def _attach(self, peer: _Peer, sock: socket.socket) -> None:
         peer.sock = sock
         sock.setblocking(False)
-        set_keepalive(sock, max(6, round(self._clocks.silence_s)))
+        set_keepalive(sock, max(6, round(self.clocks.silence_s)))
         self._selector.register(sock, selectors.EVENT_READ, partial(self._read, peer))
 
     def _read(self, peer: _Peer) -> None:
@@ -307,7 +307,7 @@ class Lifeline:
             case ["failed", str(reason)] if peer.name and self._listener:
                 self._drop(peer)
                 self._end(
-                    Loss(peer=peer.name, reason=f"{peer} has failed: {reason}"), in_s=self._clocks.grace_s
+                    Loss(peer=peer.name, reason=f"{peer} has failed: {reason}"), in_s=self.clocks.grace_s
                 )
             case ["end", str(reason)] if not self._listener:
                 self._drop(peer)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dapo.config import RunConfig
+from megatron_dapo.disk import checkpoints_have_room
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.model_spec import ModelSpec, read_model
@@ -276,12 +277,32 @@ def engines_have_kernels_for_the_heads(facts: Facts) -> None:
         )
 
 
+def engines_can_hold_fp8(facts: Facts) -> None:
+    """rollout.quantization has rules of its own."""
+    import torch
+
+    from megatron_dapo.sync import fp8_engine_rules
+
+    if facts.config.rollout.quantization is not None:
+        on_gpu = not facts.on_cpu or torch.cuda.is_available()
+        fp8_engine_rules.check(facts.config, facts.spec, facts.layout, on_gpu=on_gpu)
+
+
 def servers_can_be_started(facts: Facts) -> None:
     """rollout.python, where it is set, has vLLM, and this package as its plugin."""
     from megatron_dapo.rollout.interpreter import check_interpreter
 
     if facts.config.rollout.python is not None and not facts.planned:
         check_interpreter(facts.config.rollout.python)
+
+
+def deltas_suit_the_engines(config: RunConfig) -> None:
+    """A delta is of 16-bit elements; where it does not pay, as with float32, it ends by itself."""
+    if config.sync.delta and config.rollout.quantization:
+        raise UserError(
+            f"sync.delta=true is for engines in bf16, and rollout.quantization={config.rollout.quantization} "
+            "sends scales that change with every element; unset one of them"
+        )
 
 
 def files_suffice(facts: Facts) -> None:
@@ -358,14 +379,17 @@ SETTING_RULES: tuple[Callable[[RunConfig], None], ...] = (
     examples_need_a_chat,
     lower_mismatch_bound_is_for_masking,
     enough_engines_are_started,
+    deltas_suit_the_engines,
 )
 RUN_RULES: tuple[Callable[[Facts], None], ...] = (
     model_has_the_positions,
     engines_split_the_heads,
     engines_have_kernels_for_the_heads,
+    engines_can_hold_fp8,
     servers_can_be_started,
     files_suffice,
     data_can_be_read,
+    checkpoints_have_room,
     verifier_can_be_called,
     ports_are_free,
 )

@@ -41,7 +41,7 @@ class Trainer:
         self.objective = make_objective(config.objective, max_age=config.sampling.max_age)
         self.resumed_from, state = checkpoint.choose(self.run_dir, config.checkpoint.resume, self.session)
         self.step = state.step if state else 0
-        self.saved_step = self.step  # of the newest checkpoint; a fresh run counts as saved, `save` skips it
+        self.keeper = checkpoint.Keeper(config, self.session, self.step)
         self.batch: Batch | None = None  # rank 0: the whole batch of the running step
         self.controller, self.engine_host = start_engines(config, self.session, state)
         self.colocation = Colocation(self.session, self.controller, takes_turns=engines_sleep(config))
@@ -52,9 +52,9 @@ class Trainer:
             self.on_rank_0(lambda controller: controller.service.wait_ready())
             self.colocation.to_policy(None)
         self.policy = Policy(self.config, self.session, self.objective)
-        rank, control = self.session.rank, self.session.control
+        rank, control, device = self.session.rank, self.session.control, self.session.device
         hosts, store = self.session.hosts(), self.session.channel.connection()
-        self.publisher = make_publisher(self.config, self.policy.spec, rank, hosts, control, store)
+        self.publisher = make_publisher(self.config, self.policy.spec, rank, hosts, control, store, device)
         if self.resumed_from:
             checkpoint.load(self.resumed_from, self.policy)
         if self.controller:
@@ -78,7 +78,7 @@ class Trainer:
                 self.train_step()
             self.finish()
         except StopRequested:
-            self.save()
+            self.keeper.save(self.policy, self.step, self.state, wait=True)
             self.say(
                 f"stopped after step {self.step}; resume with the same command "
                 f"(checkpoint.resume=auto run.dir={self.run_dir})"
@@ -93,8 +93,7 @@ class Trainer:
         self.phases = []
         began = time.monotonic()
         with self.timed("checkpoint"):  # the step before this one is on record by now
-            if self.config.checkpoint.every_steps and self.step % self.config.checkpoint.every_steps == 0:
-                self.save()
+            self.keeper.keep(self.policy, self.step, self.state, self.say)
         with self.timed("rollout"):
             batch = self.collect()
         if batch is None:
@@ -166,19 +165,15 @@ class Trainer:
         """Held-out accuracy as a metric (evaluate.py); empty without evaluation.path."""
         return self.on_rank_0(lambda controller: controller.evaluate(self.step))
 
-    def save(self) -> None:
-        """A checkpoint of the steps done so far (checkpoint.py), unless there is one."""
-        if self.saved_step == self.step:
-            return
-        state = self.controller.state(self.step) if self.controller else None
-        checkpoint.save(self.run_dir, self.policy, state, self.config.checkpoint.keep)
-        self.saved_step = self.step
+    def state(self) -> checkpoint.RunState | None:
+        """What a checkpoint keeps beside the policy; None on other ranks than 0."""
+        return self.controller.state(self.step) if self.controller else None
 
     def finish(self) -> None:
         """Final checkpoint and Hugging Face export."""
-        self.save()
+        self.keeper.save(self.policy, self.step, self.state, wait=True)
         if self.config.checkpoint.export_hf:
-            self.say(f"exported {checkpoint.export_hf(self.run_dir, self.policy)}")
+            self.say(f"exported {checkpoint.export_hf(self.run_dir / 'hf', self.policy, self.step)}")
         if self.config.run.verify_sync:
             compared = self.on_rank_0(lambda controller: controller.verify(self.run_dir / "hf", self.step))
             self.say(f"verified: {compared} parameters in the engines equal a fresh server's on the export")

@@ -8,7 +8,8 @@ Legend: N samples, T tokens of all samples end to end, L tokens of one sequence,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -130,17 +131,23 @@ class Timing:
     graded: float
 
 
+def accuracy_of(correct: Iterable[bool | None]) -> float:
+    """The share of True among True and False; NaN if all are None."""
+    grades = [grade for grade in correct if grade is not None]
+    return sum(grades) / len(grades) if grades else math.nan
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """All completions of one prompt with their grades.
 
-    `correct` is the verifier's word alone; `rewards` are verifier score plus overlong penalty and never
-    decide accuracy.
+    `correct` is the verifier's word alone, None where there is none: such a completion is not trained on and
+    counts nowhere. `rewards` are verifier score plus overlong penalty and never decide accuracy.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
-    correct: tuple[bool, ...]
+    correct: tuple[bool | None, ...]
     rewards: tuple[float, ...]
     timing: Timing | None = field(default=None, compare=False)
 
@@ -151,7 +158,8 @@ class Group:
 
     @property
     def accuracy(self) -> float:
-        return sum(self.correct) / len(self.correct)
+        """Of the graded completions; NaN if there are none."""
+        return accuracy_of(self.correct)
 
     @property
     def weight_version(self) -> int:
@@ -164,14 +172,14 @@ class GroupFacts:
     """What is kept of a group that is not trained on, and what the simulator needs of every group.
 
     lengths: response tokens of each completion, G of them like correct and truncated. verdict: accepted,
-    all_correct, all_wrong or outside_window (batching/filtering.py).
+    all_correct, all_wrong, outside_window or ungraded (batching/filtering.py).
     """
 
     position: int
     row: int
     prompt_tokens: int
     lengths: tuple[int, ...]
-    correct: tuple[bool, ...]
+    correct: tuple[bool | None, ...]
     truncated: tuple[bool, ...]
     weight_version: int
     verdict: str
@@ -179,7 +187,8 @@ class GroupFacts:
 
     @property
     def accuracy(self) -> float:
-        return sum(self.correct) / len(self.correct)
+        """As of the group."""
+        return accuracy_of(self.correct)
 
     @classmethod
     def of(cls, group: Group, verdict: str) -> GroupFacts:

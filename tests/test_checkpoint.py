@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support.models import make_tiny_model
 from support.ranks import run_ranks
 
 from megatron_dapo import checkpoint
+from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 
 RUNS = ["dp2", "tp2_pp2", "pp2_vpp2", "dp2_offload"]
@@ -168,6 +170,81 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):
     assert checkpoint.find(tmp_path, "auto") is None
     assert sorted(p.name for p in (tmp_path / "checkpoints.1").iterdir()) == ["step_000095", "step_000100"]
     assert checkpoint.set_aside(tmp_path, 0) is None
+
+
+@pytest.fixture
+def keeper(monkeypatch, tmp_path):
+    """keeper(*overrides) -> what a Keeper does after each step, as words, when asked with `after(step)`; its
+    writer says "poll" and "finish", a save "save 4", an export "export 4".
+    """
+    done: list[str] = []
+
+    class Writer:
+        def __init__(self, session, *, in_background):
+            done.append(f"in_background={in_background}")
+
+        def poll(self):
+            done.append("poll")
+
+        def finish(self):
+            done.append("finish")
+
+    def export(folder, policy, step):
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+        done.append(f"export {step}")
+        return folder
+
+    monkeypatch.setattr(checkpoint, "CheckpointWriter", Writer)
+    monkeypatch.setattr(checkpoint, "save", lambda d, p, state, *others: done.append(f"save {state.step}"))
+    monkeypatch.setattr(checkpoint, "export_hf", export)
+    policy = SimpleNamespace(session=SimpleNamespace(rank=0))
+
+    def make(*overrides: str, step: int = 0):
+        config = RunConfig.load(None, ["model.path=m", f"run.dir={tmp_path}", *overrides])
+        found = checkpoint.Keeper(config, None, step)  # type: ignore[arg-type]
+
+        def after(step: int, *, last: bool = False) -> list[str]:
+            done.clear()
+            state = lambda: checkpoint.RunState(step=step, rollouts={})  # noqa: E731
+            if last:
+                found.save(policy, step, state, wait=True)  # type: ignore[arg-type]
+            else:
+                found.keep(policy, step, state, lambda text: None)  # type: ignore[arg-type]
+            return list(done)
+
+        return after
+
+    return make
+
+
+def test_checkpoints_and_exports_come_when_they_are_due(keeper):
+    after = keeper("checkpoint.every_steps=2", "checkpoint.export_every=3")
+    assert [after(step) for step in range(7)] == [
+        ["poll"],  # a fresh run counts as saved
+        ["poll"],
+        ["poll", "save 2"],
+        ["poll", "export 3"],
+        ["poll", "save 4"],
+        ["poll"],
+        ["poll", "save 6", "export 6"],
+    ]
+    assert after(6, last=True) == ["finish"]  # saved, but perhaps not written yet
+    assert after(7, last=True) == ["save 7", "finish"]
+
+
+def test_the_step_that_a_run_resumes_from_is_not_saved_again(keeper):
+    after = keeper("checkpoint.every_steps=2", step=4)
+    assert after(4) == ["poll"] and after(4, last=True) == ["finish"]
+
+
+@pytest.mark.parametrize(("keep", "left"), [("1", [3]), ("2", [2, 3]), ("null", [1, 2, 3])])
+def test_the_newest_exports_stay(keeper, tmp_path, keep, left):
+    after = keeper("checkpoint.export_every=1", f"checkpoint.keep_exports={keep}")
+    for step in (1, 2, 3):
+        after(step)
+    names = sorted(path.name for path in (tmp_path / "exports").iterdir())
+    assert names == [f"step_{step:06d}" for step in left]
 
 
 @pytest.mark.slow

@@ -18,8 +18,17 @@ PACKAGE = Path(__file__).parents[1] / "megatron_dapo"
 # Files and folders by floor. A file imports from floors below its own, or from its own without a cycle.
 FLOORS = {
     5: ("__init__.py", "api.py", "train.py", "serve.py"),
-    4: ("trainer.py", "controller.py", "colocation.py", "checkpoint.py", "preflight.py", "evaluate.py"),
-    3: ("data/", "reward/", "rollout/", "policy/", "sync/", "report/"),
+    4: (
+        "trainer.py",
+        "controller.py",
+        "colocation.py",
+        "checkpoint.py",
+        "checkpoint_writer.py",
+        "preflight.py",
+        "disk.py",
+        "evaluate.py",
+    ),
+    3: ("data/", "reward/", "rollout/", "policy/", "sync/", "report/", "convert/"),
     2: ("objectives/", "batching/", "weights/"),
     1: (
         "types.py",
@@ -48,6 +57,7 @@ PURE = (
     "pulse.py",
     "objectives/",
     "batching/",
+    "weights/block_fp8.py",
     "weights/names.py",
     "weights/slices.py",
     "sync/plan.py",
@@ -61,7 +71,7 @@ PURE_MAY_IMPORT = {"torch", *sys.stdlib_module_names}
 
 # top-level module -> the files and folders that may import it
 HOMES = {
-    "megatron": ("policy/", "sync/", "checkpoint.py"),
+    "megatron": ("policy/", "sync/", "checkpoint.py", "checkpoint_writer.py"),
     "vllm": ("sync/vllm/", "rollout/route.py"),  # what runs inside vLLM's processes
     "wandb": ("report/",),
 }

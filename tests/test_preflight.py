@@ -180,6 +180,14 @@ def test_a_port_in_use_is_refused(run):
 DAPO_TEMPLATE = 'Solve the problem step by step. Say "Answer: $Answer".\n\n{prompt}\n\nRemember to end.'
 
 
+def test_engines_in_fp8_need_a_gpu(run):
+    fp8 = ["rollout.quantization=fp8_block", "model.dtype=bf16"]
+    with pytest.raises(UserError, match="rollout.quantization=fp8_block needs engines on a GPU"):
+        check(RunConfig.load(None, [*run, *fp8]))
+    with pytest.raises(UserError, match="needs multiples of 128, but the model's size of all key/value"):
+        check(RunConfig.load(None, [*run, *fp8, "run.device=cuda"]), planned=True)
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "sentence"),
     [

@@ -145,6 +145,11 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
             "sample meanwhile; set sampling.max_age=0 or rollout.sleep=auto",
         ),
         (
+            ["sync.delta=true", "rollout.quantization=fp8_block"],
+            "sync.delta=true is for engines in bf16, and rollout.quantization=fp8_block sends scales that "
+            "change with every element; unset one of them",
+        ),
+        (
             ["rollout.sleep=true", "sampling.max_age=0", "rollout.colocated=false"],
             "rollout.sleep=true with rollout.colocated=false: the policy has no use for the memory of other "
             "hosts; set rollout.sleep=auto",
@@ -179,6 +184,7 @@ def test_fields_that_do_not_go_together_are_refused(overrides, message):
         ["run.verify_sync=true"],
         ["rollout.sleep=true", "sampling.max_age=0"],
         ["rollout.sleep=auto", "sampling.max_age=2"],
+        ["sync.delta=true", "model.dtype=bf16"],
         ["evaluation.temperature=0", "evaluation.samples=1"],
         ["policy.fp8.recipe=delayed", "policy.fp8.param_gather=true", "optimizer.cpu_offload=1.0"],
     ],

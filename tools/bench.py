@@ -10,10 +10,13 @@
     python tools/bench.py logprob [--tokens 4096] [--vocab 151936] [--hidden 1024] [--repeats 3]
     python tools/bench.py weight-sync --config qwen2.5-1.5b-like | --model FOLDER [--trainer tp2,pp2]
                                       [--engine tp2] [--pushes 5] [--dtype bf16]
-                                      [--baseline full-gather] [--baseline safetensors-reload]
+                                      [--baseline full-gather | shm-whole | safetensors-reload]...
+                                      [--delta]
                                       [section.key=value ...]
     python tools/bench.py delta --model FOLDER --texts prompts.jsonl [--warmup 12] [--updates 4]
                                 [--tokens 512] [--message-bytes 16777216] [section.key=value ...]
+    python tools/bench.py checkpoint --model FOLDER [--saves 5] [--folder DIR] [section.key=value ...]
+    python tools/bench.py convert [--gigabytes 1] [--workers 1] [--repeats 3] [--folder DIR]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32
 prompts x 8 samples of 20 tokens, 2 data-parallel ranks, one vLLM server, strict (sampling.max_age=0). Seconds
@@ -67,8 +70,11 @@ repack_seconds: vLLM's process_weights_after_loading, in the slowest worker; wit
 it out; kernel_copy_seconds: vLLM's copies of what it has repacked into the memory that its kernels know,
 which count as the push's. peak_extra_bytes_sender: memory that the rank with the most keeps for pushes;
 peak_extra_bytes_receiver: resident memory of a worker over what it had before, with the chunks that it maps.
-`baseline`, in the same server: full-gather, every worker is sent the whole model and loads it with vLLM's own
-loaders; safetensors-reload, the ranks export a checkpoint to disk and vLLM reloads it (its reload_weights).
+`baseline`, in the same server: full-gather, every rank gathers all tensors, a bucket after the other, and
+hands them whole to the worker that it carries, which loads them with vLLM's own loaders; shm-whole, the same
+without the gather, from whichever rank has a part; safetensors-reload, the ranks export a checkpoint to disk
+and vLLM reloads it (its reload_weights). `--delta`: pushes in which about 1 % of the elements change, with
+and without sync.delta, where all ranks but the first are taken to be on another host; the link is loopback.
 
 `delta`: what sync/delta.py saves after real updates of one rank on the CPU, with fp32 weights that are cast
 to bf16 for a push. After `warmup` updates and a first push every update is followed by one. Samples are
@@ -77,6 +83,16 @@ have other bf16 bits than before, by update; bytes_over_full: bytes sent, over t
 are the processor time of one thread for a GB of weights, medians: sender (compare, encode, keep), receiver
 (apply, check) and one copy in memory. Below break_even_gb_per_second the delta is there earlier than all
 bytes would be, where nothing overlaps.
+
+`checkpoint`: saves of one rank on the CPU in fp32, after three that are not measured. waiting: training waits
+until all is on the disk; blocked: until it may go on, in the background; until_complete: until such a save is
+whole, while updates are made; update_alone and update_beside: one of these updates. memory_copy and
+file_copy: as many bytes in memory, and to a file. Files are flushed to the disk (fsync). Medians.
+
+`convert`: tools/convert_checkpoint.py both ways on a Qwen2 of random bf16 weights that is made on the spot,
+beside a copy of its file through one buffer, all onto the disk (fsync). Medians over the repeats, of seconds
+and of processor seconds (of the processes of --workers, too, once they have ended). peak_extra_bytes:
+resident memory of this process over what it had before.
 """
 
 from __future__ import annotations
@@ -104,6 +120,8 @@ def main() -> None:
     _add_parts(commands)
     _add_weight_sync(commands)
     _add_delta(commands)
+    _add_checkpoint(commands)
+    _add_convert(commands)
     options = parser.parse_args()
     print(json.dumps(importlib.import_module(f"benchmarks.{options.module}").run(options)))
 
@@ -175,8 +193,9 @@ def _add_weight_sync(commands: argparse._SubParsersAction[argparse.ArgumentParse
     push.add_argument("--pushes", type=int, default=5, help="of each way; the first is not measured")
     push.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of policy and engine")
     push.add_argument(
-        "--baseline", action="append", default=[], choices=["full-gather", "safetensors-reload"]
+        "--baseline", action="append", default=[], choices=["full-gather", "shm-whole", "safetensors-reload"]
     )
+    push.add_argument("--delta", action="store_true", help="also pushes of few changes to another host")
     push.add_argument("overrides", nargs="*", metavar="section.key=value")
     push.set_defaults(module="weight_sync")
 
@@ -194,6 +213,25 @@ def _add_delta(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         delta.add_argument(f"--{name}", type=int, default=default, help=text)
     delta.add_argument("overrides", nargs="*", metavar="section.key=value")
     delta.set_defaults(module="delta")
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    save = commands.add_parser("checkpoint", help="how long a save keeps a rank from training")
+    save.add_argument("--model", type=Path, required=True, help="folder of a Hugging Face checkpoint")
+    save.add_argument("--folder", type=Path, help="where to save (default: the system's temporary folder)")
+    save.add_argument("--saves", type=int, default=5, help="measured saves of each kind")
+    save.add_argument("--tokens", type=int, default=256, help="of the updates made meanwhile")
+    save.add_argument("overrides", nargs="*", metavar="section.key=value")
+    save.set_defaults(module="checkpoint")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser("convert", help="conversion of checkpoints beside a plain copy")
+    convert.add_argument("--gigabytes", type=float, default=1.0, help="of weights, at least 0.6")
+    convert.add_argument("--workers", type=int, default=1, help="processes of a conversion")
+    convert.add_argument("--repeats", type=int, default=3)
+    convert.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary files)")
+    convert.set_defaults(module="convert")
 
 
 if __name__ == "__main__":

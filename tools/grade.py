@@ -46,10 +46,10 @@ class Tally:
 
     def add(self, row: Row, grade: Grade) -> None:
         self.rows += 1
-        self.correct += grade.correct
+        self.correct += grade.correct is True
         self.timeouts += grade.outcome == "timeout"
         self.errors += grade.outcome == "error"
-        self.agreed += grade.correct == row.label
+        self.agreed += (grade.correct is True) == row.label
         self.labelled = row.label is not None
 
     def summary(self) -> dict[str, float | int]:
@@ -120,7 +120,7 @@ async def grade_file(args: argparse.Namespace, pool: GradingPool) -> dict:
             total.add(row, grade)
             if row.part is not None:
                 parts.setdefault(row.part, Tally()).add(row, grade)
-            if row.label is not None and row.label != grade.correct and shown < args.disagreements:
+            if row.label is not None and row.label != (grade.correct is True) and shown < args.disagreements:
                 shown += 1
                 word = f"{grade.outcome} {grade.correct}, label {row.label}"
                 print(

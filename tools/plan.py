@@ -31,10 +31,19 @@ from typing import Any
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec, read_model
+from megatron_dapo.sync.chunks import manifest_bytes
+from megatron_dapo.sync.fp8_blocks import block_holdings
 from megatron_dapo.sync.plan import Worker, make_plan
 from megatron_dapo.sync.plan_report import H100, LINKS, Bandwidths, report
 from megatron_dapo.sync.sinks import SinkTable
 from megatron_dapo.sync.sources import holdings
+from megatron_dapo.weights.block_fp8 import (
+    Shapes,
+    checkpoint_facts,
+    linear_weights,
+    quantization_config,
+    scale_shapes,
+)
 from megatron_dapo.weights.hf import DTYPES
 from megatron_dapo.weights.names import hf_shapes
 
@@ -55,13 +64,13 @@ def plan_sync(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
     tabled = time.perf_counter()
     rank_hosts = [f"host {rank // options.gpus_per_host}" for rank in range(layout.world_size)]
     workers = place_workers(config, tables, rank_hosts, options.engine_hosts)
-    ready = time.perf_counter()
+    ready, dtype = time.perf_counter(), str(DTYPES[config.model.dtype]).removeprefix("torch.")
     plan = make_plan(
         workers,
-        holdings(model, layout),
+        block_holdings(holdings(model, layout), weights_in_fp8(config, model)),
         rank_hosts,
         chunk_bytes=config.sync.chunk_bytes,
-        dtype=str(DTYPES[config.model.dtype]).removeprefix("torch."),
+        dtype=dtype,
     )
     planned = time.perf_counter()
     bandwidths = Bandwidths(**{link: getattr(options, link) * 1e9 for link in LINKS})
@@ -73,6 +82,7 @@ def plan_sync(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "colocated": not options.engine_hosts,
         "chunk_bytes": config.sync.chunk_bytes,
         **report(plan, bandwidths),
+        "manifest_bytes": manifest_bytes(plan, dtype),
         "planning_seconds": {"sink_tables": tabled - begin, "plan": planned - ready},
     }
 
@@ -111,9 +121,15 @@ def engine_tables(config: RunConfig, folder: Path, model: ModelSpec) -> list[Sin
         folder,
         tp=config.rollout.tensor_parallel,
         dtype="bfloat16" if config.model.dtype == "bf16" else "float32",
+        quantization=quantization_config(hf_shapes(model)) if config.rollout.quantization else None,
     )
-    dtype = DTYPES[config.model.dtype]
-    return tables_without_engine(engine, {name: (shape, dtype) for name, shape in hf_shapes(model).items()})
+    shapes = {**hf_shapes(model), **scale_shapes(weights_in_fp8(config, model))}
+    return tables_without_engine(engine, checkpoint_facts(shapes, DTYPES[config.model.dtype]))
+
+
+def weights_in_fp8(config: RunConfig, model: ModelSpec) -> Shapes:
+    """The tensors that engines hold in block FP8."""
+    return linear_weights(hf_shapes(model)) if config.rollout.quantization else {}
 
 
 def place_workers(
@@ -160,6 +176,8 @@ def as_text(result: dict[str, Any]) -> str:
         f"(largest {sent['max_over_mean']:.3f} x the mean)",
         f"a worker receives {received['min'] / 1e9:.3f} to {received['max'] / 1e9:.3f} GB, "
         f"{result['ratio_bytes']:.3f} x its shard",
+        f"engines are told {result['manifest_bytes']['first_push'] / 1e6:.1f} MB in the first push, "
+        f"{result['manifest_bytes']['later_pushes'] / 1e6:.1f} MB in each later one",
         f"planned in {result['planning_seconds']['plan']:.2f} s, after "
         f"{result['planning_seconds']['sink_tables']:.1f} s for vLLM's sink tables; digest "
         f"{result['digest'][:16]}",

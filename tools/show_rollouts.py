@@ -79,15 +79,18 @@ def weights_of(groups: list[Group]) -> str:
     return ", ".join(map(str, sorted(versions)))
 
 
+WORDS = {True: "right", False: "wrong", None: "not graded"}
+
+
 def lines_of(group: Group, decode: Callable[[Any], str], chars: int) -> Iterator[str]:
     """A group for a reader."""
     prompt = group.prompt
-    right = f"{sum(group.correct)} of {len(group.correct)} right"
+    right = f"{group.correct.count(True)} of {len(group.correct)} right"
     yield f"=== prompt {prompt.position} (row {prompt.row}): {right}, answer {prompt.answer}"
     yield shortened(prompt.text, chars)
     for completion, correct, reward in zip(group.completions, group.correct, group.rewards, strict=True):
         yield (
-            f"--- response {completion.number}: {'right' if correct else 'wrong'}, reward {reward:+.3f}, "
+            f"--- response {completion.number}: {WORDS[correct]}, reward {reward:+.3f}, "
             f"{described(completion)}"
         )
         yield shortened(decode(completion.tokens.tolist()), chars)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["accepted", "all_correct", "all_wrong", "outside_window"]
+Verdict = Literal["accepted", "all_correct", "all_wrong", "outside_window", "ungraded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +18,9 @@ class Window:
     inclusive: bool = False
 
     def judge(self, accuracy: float) -> Verdict:
+        """accuracy: NaN of a group without any grade."""
+        if math.isnan(accuracy):
+            return "ungraded"
         accepted = self.low <= accuracy <= self.high if self.inclusive else self.low < accuracy < self.high
         if accepted:
             return "accepted"

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from megatron_dapo.config.objective import KINDS, AnyObjective, DapoConfig, ObjectiveSection, kind_of
+from megatron_dapo.config.rollout import RolloutConfig
 from megatron_dapo.config.sections import (
     BatchConfig,
     CheckpointConfig,
@@ -32,7 +33,6 @@ from megatron_dapo.config.sections import (
     PolicyConfig,
     ReportConfig,
     RewardConfig,
-    RolloutConfig,
     RunSection,
     SamplingConfig,
     Section,

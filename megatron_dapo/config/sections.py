@@ -1,4 +1,5 @@
-"""Every section of a run's configuration but the objective: fields with bounds, default, meaning and unit.
+"""Every section of a run's configuration but rollout and objective: fields with bounds, default, meaning and
+unit.
 
 Rules between fields are in preflight.py and policy/rules.py.
 """
@@ -119,75 +120,6 @@ class PolicyConfig(Section):
     )
 
 
-class RolloutConfig(Section):
-    engines: PositiveInt = Field(default=1, description="Number of vLLM servers on every host.")
-    colocated: bool = Field(
-        default=True,
-        description="Engines run on the hosts of the policy's ranks; false: on none of them, but on those "
-        "that join with python -m megatron_dapo.serve, which hosts may do either way.",
-    )
-    tensor_parallel: PositiveInt = Field(default=1, description="Tensor-parallel size of each server.")
-    max_tokens: PositiveInt = Field(default=1024, description="Longest response, tokens (the paper's L_max).")
-    temperature: float = Field(
-        default=1.0, gt=0, description="Sampling temperature; training divides its logits by it too."
-    )
-    seeded: bool = Field(
-        default=False,
-        description="Give every request a seed made of run.seed, prompt and sample: repeatable runs.",
-    )
-    base_port: int | None = Field(
-        default=None, description="Engine i listens on base_port + i; null picks free ports."
-    )
-    python: str | None = Field(
-        default=None,
-        description="Python interpreter that runs the servers, on every host, with vLLM and this package "
-        "installed; null: the one that runs the policy.",
-    )
-    load_format: Literal["dummy", "auto"] = Field(
-        default="dummy",
-        description="What the servers start with: 'dummy' weights, since the first push brings all of them, "
-        "or 'auto': they read the checkpoint.",
-    )
-    sleep: Literal["auto"] | bool = Field(
-        default="auto",
-        description="Engines give the memory of weights and cache back while the policy trains, and its "
-        "optimizer state and gradients leave the GPU while they generate; needs colocated and "
-        "sampling.max_age=0. auto: so on GPUs where these are so.",
-    )
-    memory_utilization: float = Field(
-        default=0.8, gt=0, le=1, description="vLLM's share of GPU memory (GPU only)."
-    )
-    cpu_kv_cache_gib: PositiveInt = Field(default=1, description="KV cache of each server, GiB (CPU only).")
-    inflight_updates: bool = Field(
-        default=True,
-        description="With sampling.max_age >= 1 and not seeded, running responses go on over a weight push: "
-        "they stand still, and then use the new weights; false: the push waits until they have ended.",
-    )
-    max_concurrency: PositiveInt = Field(
-        default=256,
-        description="Sequences one engine runs at once; more are not sent to it until one has ended.",
-    )
-    start_timeout_s: float = Field(
-        default=300, gt=0, description="How long a server may take to become healthy."
-    )
-    progress_timeout_s: float = Field(
-        default=30,
-        gt=0,
-        description="An engine that makes no new token for this long while requests are in flight is taken "
-        "for dead; so is one that does not answer a call of a weight push within it. Engines report their "
-        "tokens twice a second: below 3 a busy engine may look dead.",
-    )
-    min_engines: PositiveInt = Field(
-        default=1, description="The run goes on while this many engines live; fewer stop it."
-    )
-    max_restarts: int = Field(
-        default=2, ge=0, description="Restarts of dead engines in one hour, all engines together."
-    )
-    extra_args: list[str] = Field(
-        default=[], description="More arguments for the vLLM server, as on its command line."
-    )
-
-
 class SamplingConfig(Section):
     prompts_per_step: PositiveInt = Field(
         default=512, description="K: a step trains on the first K informative groups of the stream."
@@ -228,7 +160,9 @@ class RewardConfig(Section):
     )
     workers: PositiveInt = Field(default=1, description="Grading processes.")
     timeout_s: float = Field(
-        default=10.0, gt=0, description="A grade that takes longer is killed, counted and scored wrong."
+        default=10.0,
+        gt=0,
+        description="A grade that takes longer is killed and counted; its response is not trained on.",
     )
     overlong_cache: int = Field(
         default=0,
@@ -316,12 +250,23 @@ class CheckpointConfig(Section):
         default=0, ge=0, description="Save after this many steps; 0: only at the end and when interrupted."
     )
     keep: PositiveInt = Field(default=2, description="Newest checkpoints kept.")
+    async_save: bool = Field(
+        default=False,
+        description="Save in the background: training waits for a copy of the state in host memory, not for "
+        "the disk. The memory of the copies is kept: over all ranks as much as a checkpoint has bytes.",
+    )
     resume: str = Field(
         default="auto",
         description="'auto' continues the run folder's newest checkpoint, 'never', or a checkpoint folder.",
     )
     export_hf: bool = Field(
         default=True, description="Write a Hugging Face checkpoint with tokenizer when the run ends."
+    )
+    export_every: int = Field(
+        default=0, ge=0, description="Write one to exports/ after this many steps too; 0: only at the end."
+    )
+    keep_exports: PositiveInt | None = Field(
+        default=2, description="Newest folders of exports/ that stay; null: all."
     )
 
 
@@ -377,6 +322,11 @@ class SyncConfig(Section):
         default="first",
         description="Pushes in which every worker checks what it received and what it wrote: none, the "
         "first, or every n-th.",
+    )
+    delta: bool = Field(
+        default=False,
+        description="Send to other hosts only the elements whose bits have changed since the last push. For "
+        "engines in bf16 behind slow links; their hosts then keep whole shards in memory (docs/bridge.md).",
     )
 
 

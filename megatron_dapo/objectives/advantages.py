@@ -29,16 +29,26 @@ def group_advantages(rewards: Sequence[float], normalize: str = "std") -> list[f
 def with_advantages(groups: Sequence[Group], *, normalize: str = "std") -> list[Sample]:
     """Training samples of the groups, in order. All tokens of a response have its advantage.
 
-    A response that is masked (`Completion.trained`) still counts in its group's mean and deviation.
+    A response that is masked (`Completion.trained`) still counts in its group's mean and deviation, but not
+    one without a grade.
     """
     responses = [
         (group.prompt, completion, advantage)
         for group in groups
-        for completion, advantage in zip(
-            group.completions, group_advantages(group.rewards, normalize), strict=True
-        )
+        for completion, advantage in zip(group.completions, _advantages(group, normalize), strict=True)
     ]
     return make_samples(responses)
+
+
+def _advantages(group: Group, normalize: str) -> list[float]:
+    """0 for completions without a grade, and where fewer than two have one."""
+    graded = [n for n, correct in enumerate(group.correct) if correct is not None]
+    advantages = [0.0] * len(group.correct)
+    if len(graded) >= 2:
+        of_graded = group_advantages([group.rewards[n] for n in graded], normalize)
+        for number, advantage in zip(graded, of_graded, strict=True):
+            advantages[number] = advantage
+    return advantages
 
 
 def make_samples(responses: Sequence[tuple[Prompt, Completion, float]]) -> list[Sample]:

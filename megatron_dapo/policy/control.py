@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_dapo.errors import UserError
+from megatron_dapo.lifeline import Clocks
 
 T = TypeVar("T")
 ALIVE = "megatron_dapo/alive"
@@ -66,6 +67,12 @@ class ControlChannel:
             return pickle.loads(self._store.get(key))
         except dist.DistNetworkError as error:
             raise RankZeroLost(f"the store of this run cannot be reached any more: {error}") from error
+
+    def leave_it_to_the_lifeline(self, clocks: Clocks) -> None:
+        """Give rank 0 up only after the time for which it may hold its interpreter: whatever else can become
+        of it, the lifeline notices, and sooner.
+        """
+        self._silence_s = max(self._silence_s, clocks.held_s + clocks.silence_s)
 
     def connection(self) -> dist.Store:
         """Another connection to the store, for another thread."""

@@ -4,7 +4,6 @@ updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,27 +11,10 @@ from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER, get_megatron_optimi
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_dapo.config import Fp8Config, OptimizerConfig
 from megatron_dapo.policy import fp8_rules
-
-_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-
-def _set_states_and_keep_step(self: DistributedOptimizer, model_param: Any, tensors: dict[str, Any]) -> None:
-    """torch's AdamW counts its steps per parameter, and Megatron restores that count apart from the sharded
-    state; 0.16 to 0.19 then miss it here. Keeping what was already restored makes a resharding load work
-    without TransformerEngine or apex.
-    """
-    group, order = self.model_param_group_index_map[model_param]
-    state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-    _set_states(self, model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-
-if USING_PYTORCH_OPTIMIZER:
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_states_and_keep_step
 
 
 def build_optimizer(
@@ -64,7 +46,7 @@ def build_optimizer(
         chunks,
     )
     if USING_PYTORCH_OPTIMIZER:
-        _allocate_state(optimizer)
+        allocate_state(optimizer)
     return optimizer
 
 
@@ -80,7 +62,7 @@ def apply_gradients(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
     """The rest of Megatron's `optimizer.step`, which does not let anybody look at the norm in between: clip,
     AdamW, gather the parameters.
     """
-    for part in _parts(optimizer):
+    for part in optimizer_parts(optimizer):
         if clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(
                 parameters, clip_grad, grad_norm, part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
@@ -88,38 +70,49 @@ def apply_gradients(optimizer: Any, clip_grad: float, grad_norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers, of which there are several where experts have one of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _allocate_state(optimizer: Any) -> None:
-    """Give torch's AdamW its state before the first step: Megatron can neither save nor load it otherwise."""
-    for part in _parts(optimizer):
-        offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
-        for inner in part.optimizer.sub_optimizers if offloaded else [part.optimizer]:
-            for parameter, state in _torch_states(inner):
-                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")} | {
-                    "step": torch.zeros(())
-                }
-        if offloaded:
+def allocate_state(optimizer: Any) -> None:
+    """Give AdamW the state that its first step would make: a checkpoint can neither be saved nor loaded
+    without it.
+    """
+    for part in optimizer_parts(optimizer):
+        for inner in _adams(part):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    if not inner.state[parameter]:
+                        inner.state[parameter] |= {
+                            name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+                        }
+                        if isinstance(inner, torch.optim.AdamW):
+                            inner.state[parameter]["step"] = torch.zeros(())
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
             part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
-def load_optimizer(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Megatron's load, after which torch's AdamW counts the steps of every parameter on its own again:
-    Megatron leaves one shared counter, which each update would advance once per parameter.
+def set_steps(optimizer: Any, num_updates: int) -> None:
+    """AdamW has made `num_updates` steps, which its bias correction counts: torch's by parameter,
+    TransformerEngine's by group.
     """
-    optimizer.load_state_dict(state_dict)
-    if USING_PYTORCH_OPTIMIZER:
-        for part in _parts(optimizer):
-            for _, state in _torch_states(part.optimizer):
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+    for part in optimizer_parts(optimizer):
+        for inner in _adams(part):
+            if isinstance(inner, torch.optim.AdamW):
+                for state in inner.state.values():
+                    state["step"].fill_(num_updates)
+            else:
+                for group in inner.param_groups:
+                    group["step"] = num_updates
 
 
-def _torch_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield parameter, optimizer.state[parameter]
+def _adams(part: Any) -> list[torch.optim.Optimizer]:
+    """The AdamWs of one of Megatron's optimizers: optimizer.cpu_offload has several, on GPU and host."""
+    if getattr(part, "is_stub_optimizer", False):
+        return []
+    offloaded = isinstance(part.optimizer, HybridDeviceOptimizer)
+    return part.optimizer.sub_optimizers if offloaded else [part.optimizer]
 
 
 def build_schedule(config: OptimizerConfig, optimizer: Any) -> OptimizerParamScheduler:

@@ -120,7 +120,8 @@ def start(layout: Layout, backend: Backend, *, remedy: str = "start it again") -
         store=dist.distributed_c10d._get_default_store(),
         num_ranks=dist.get_world_size(),
     )
-    lifeline = _start_lifeline(channel, remedy)
+    if lifeline := _start_lifeline(channel, remedy):
+        channel.leave_it_to_the_lifeline(lifeline.clocks)
     start_megatron(layout)
     _session = _describe(layout, backend, channel, lifeline)
     return _session

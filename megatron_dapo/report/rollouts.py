@@ -132,7 +132,7 @@ def load_groups(path: str | Path) -> tuple[list[Group], dict[str, Any]]:
 
 
 # One row: the prompt, one of its completions, its correctness and its reward.
-Row = tuple[Prompt, Completion, bool, float]
+Row = tuple[Prompt, Completion, bool | None, float]
 
 
 def _chunks(groups: Sequence[Group]) -> Iterator[list[Row]]:

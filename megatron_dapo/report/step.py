@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import psutil
 
 from megatron_dapo.metrics import flatten
-from megatron_dapo.types import Batch, Collected, StepResult
+from megatron_dapo.types import Batch, Collected, Group, GroupFacts, StepResult
 
-COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window")
+COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window", "ungraded")
 COUNTS += ("carried", "carried_over", "left_running", "surplus_dropped", "aborted", "overdue")
-WASTE = ("all_correct", "all_wrong", "outside_window", "surplus")  # why tokens were generated for nothing
+# why tokens were generated for nothing
+WASTE = ("all_correct", "all_wrong", "outside_window", "ungraded", "surplus")
 STAGES = ("rollout", "sleep", "old_logprobs", "update", "wake", "sync", "checkpoint", "step")
 # Public names of what the policy and the objectives measure; a metric that is not here is reported as
 # objective/<its name>.
@@ -77,10 +78,10 @@ def step_metrics(
     metrics: dict[str, float] = {
         "update": num_updates,
         "lr": result.lr,
-        "reward/mean": fmean(r for group in collected.groups for r in group.rewards),
+        "reward/mean": fmean(_graded_rewards(collected.groups)),
         "reward/timeouts": grades.get("timeout", 0),
         "reward/errors": grades.get("error", 0),
-        "accuracy/mean": fmean(group.accuracy for group in collected.sampled or collected.groups),
+        "accuracy/mean": fmean(_accuracies(collected.sampled or collected.groups)),
         "response/length_mean": fmean(lengths),
         "response/length_max": max(lengths),
         "response/truncated": fmean(c.truncated for c in completions),
@@ -102,6 +103,16 @@ def step_metrics(
     metrics |= {f"tokens/wasted_{reason}": wasted[reason] for reason in WASTE}
     metrics |= {f"time/{name}": clock.get(name, 0.0) for name in STAGES}
     return metrics
+
+
+def _graded_rewards(groups: Sequence[Group]) -> list[float]:
+    """0 where nothing was graded."""
+    pairs = [pair for group in groups for pair in zip(group.correct, group.rewards, strict=True)]
+    return [reward for correct, reward in pairs if correct is not None] or [0.0]
+
+
+def _accuracies(groups: Sequence[Group | GroupFacts]) -> list[float]:
+    return [group.accuracy for group in groups if not math.isnan(group.accuracy)] or [0.0]
 
 
 def wasted_tokens(collected: Collected) -> Counter[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -125,7 +126,7 @@ def _about(facts: GroupFacts) -> Event:
     return {
         "row": facts.row,
         "verdict": facts.verdict,
-        "accuracy": round(facts.accuracy, 4),
+        "accuracy": None if math.isnan(facts.accuracy) else round(facts.accuracy, 4),
         "tokens": sum(facts.lengths),
         "longest": max(facts.lengths),
         "version": facts.weight_version,

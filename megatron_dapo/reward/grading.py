@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from megatron_dapo.config import RewardConfig
 
 
+SCORES = {True: 1.0, False: -1.0, None: 0.0}  # by the verifier's word
+
+
 class Grader:
     """Grades completions in a pool of processes, which starts with it and decodes them as `tokenizer` (of
     transformers) does. `longest`: rollout.max_tokens (the paper's L_max).
@@ -75,19 +78,17 @@ class Grader:
         grades: Sequence[Grade],
         timing: Timing | None = None,
     ) -> Group:
-        """The group of a prompt, `grades` in the order of its completions; truncated responses masked out
-        with reward.overlong_filter.
+        """The group of a prompt, `grades` in the order of its completions. Masked out are responses whose
+        grade timed out or crashed, and with reward.overlong_filter truncated ones.
 
-        A reward is +1 or -1 by the verifier's word, plus the overlong penalty of the response.
+        A reward is +1 or -1 by the verifier's word, 0 without one, plus the response's overlong penalty.
         """
+        graded = list(zip(completions, grades, strict=True))
         return Group(
             prompt=prompt,
-            completions=tuple(self._masked(completion) for completion in completions),
+            completions=tuple(_masked(c) if self._is_masked(c, grade) else c for c, grade in graded),
             correct=tuple(grade.correct for grade in grades),
-            rewards=tuple(
-                (1.0 if grade.correct else -1.0) + self._penalty(completion)
-                for completion, grade in zip(completions, grades, strict=True)
-            ),
+            rewards=tuple(SCORES[grade.correct] + self._penalty(c) for c, grade in graded),
             timing=timing,
         )
 
@@ -112,8 +113,10 @@ class Grader:
     def _penalty(self, completion: Completion) -> float:
         return overlong_penalty(len(completion.tokens), self._longest, self._reward.overlong_cache)
 
-    def _masked(self, completion: Completion) -> Completion:
-        if not (self._reward.overlong_filter and completion.truncated):
-            return completion
-        # One element seen R times: a mask that costs no memory.
-        return dataclasses.replace(completion, trained=np.broadcast_to(np.False_, len(completion.tokens)))
+    def _is_masked(self, completion: Completion, grade: Grade) -> bool:
+        return grade.correct is None or (self._reward.overlong_filter and completion.truncated)
+
+
+def _masked(completion: Completion) -> Completion:
+    # One element seen R times: a mask that costs no memory.
+    return dataclasses.replace(completion, trained=np.broadcast_to(np.False_, len(completion.tokens)))

@@ -52,14 +52,14 @@ main(int(sys.argv[2]))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grade:
-    """One response's grade. `correct` is false unless `outcome` is "graded"."""
+    """One response's grade. `correct` is None unless `outcome` is "graded"."""
 
-    correct: bool
+    correct: bool | None
     outcome: Outcome
 
 
-_TIMEOUT = Grade(correct=False, outcome="timeout")
-_ERROR = Grade(correct=False, outcome="error")
+_TIMEOUT = Grade(correct=None, outcome="timeout")
+_ERROR = Grade(correct=None, outcome="error")
 
 
 class GradingPool:
@@ -67,7 +67,7 @@ class GradingPool:
 
     decoder: where they load the tokenizer from, for `grade_tokens`; None: `grade` alone works.
     A response over `timeout_s`, decoding included, has its worker killed and restarted and counts as
-    "timeout"; an exception or a crash as "error". Both are scored wrong, and the first of each kind is
+    "timeout"; an exception or a crash as "error". Neither is a grade, and the first of each kind is
     logged. The constructor waits until the workers are ready and raises UserError if they cannot load the
     verifier or the tokenizer.
 
@@ -339,4 +339,4 @@ class _FirstOfEach:
             if kind in self._seen:
                 return
             self._seen.add(kind)
-        logger.warning("%s (scored wrong; later ones are counted, not logged)", message)
+        logger.warning("%s (not trained on; later ones are counted, not logged)", message)

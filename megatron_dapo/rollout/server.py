@@ -29,9 +29,12 @@ from megatron_dapo.environment import (
     WORKER_EXTENSION,
 )
 from megatron_dapo.errors import UserError
+from megatron_dapo.model_spec import read_model
 from megatron_dapo.rollout.errors import OUT_OF_FILES, EngineDied, out_of_files
 from megatron_dapo.rollout.ports import LOOPBACK, checked_port, free_port
 from megatron_dapo.rollout.server_log import quote_log
+from megatron_dapo.weights.block_fp8 import quantization_config
+from megatron_dapo.weights.names import hf_shapes
 
 STOP_GRACE_S = 10.0
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -218,6 +221,9 @@ class EngineServer:
             arguments += ["--load-format", PLUGIN]  # sync/vllm/digest.py
         elif self._load_format == "dummy":
             arguments += ["--load-format", "dummy"]
+        if rollout.quantization:
+            quantization = quantization_config(hf_shapes(read_model(Path(self.model))))
+            arguments += ["--hf-overrides", json.dumps({"quantization_config": quantization})]
         return arguments + list(rollout.extra_args)
 
     def environment(self) -> dict[str, str]:

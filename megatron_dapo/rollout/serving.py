@@ -42,6 +42,7 @@ GOODBYE_S = 5.0  # that rank 0 waits until hosts know that the run has ended
 # What engines of all hosts have in common; everything else is the host's own matter.
 SETTINGS = (
     "model.dtype",
+    "rollout.quantization",
     "rollout.tensor_parallel",
     "rollout.max_tokens",
     "rollout.max_concurrency",

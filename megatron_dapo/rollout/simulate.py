@@ -303,7 +303,7 @@ class Simulation:
 
 
 def _trained(group: Group) -> Trained:
-    return group.prompt.position, group.weight_version, tokens_of(group), sum(group.correct)
+    return group.prompt.position, group.weight_version, tokens_of(group), group.correct.count(True)
 
 
 def _now() -> float:

@@ -111,6 +111,7 @@ def _group(values: dict[str, Any]) -> GroupFacts:
         engine, sent, answered, graded = values["timing"]
         timing = Timing(engine=engine, sent=sent, answered=answered, graded=graded)
     lists = {name: tuple(values[name]) for name in ("lengths", "correct", "truncated")}
+    lists["correct"] = tuple(map(bool, lists["correct"]))  # what was not graded: the simulator knows no third
     return GroupFacts(**{**values, **lists, "timing": timing})
 
 

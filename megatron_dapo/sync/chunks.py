@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -57,6 +58,22 @@ def manifests(plan: Plan, place: Callable[[int, int], tuple[str, int]], dtype: s
                 )
             made[-1].append(replace(alike[key], path=path, offset=offset))
     return made
+
+
+def manifest_bytes(plan: Plan, dtype: str) -> dict[str, int]:
+    """What all workers are told in a push without checksums, in bytes of JSON: in the first push, which names
+    every piece, and in the later ones.
+    """
+    told = {"first_push": 0, "later_pushes": 0}
+    pieces: dict[int, int] = {}  # bytes that a list takes, by identity: workers with equal tables share lists
+    for of_round in manifests(plan, lambda number, worker: ("/proc/1234567/fd/123", 0), dtype):
+        for manifest in of_round:
+            brief = len(json.dumps(manifest.brief().to_json()))
+            if id(manifest.pieces) not in pieces:
+                pieces[id(manifest.pieces)] = len(json.dumps(manifest.to_json())) - brief
+            told["first_push"] += brief + pieces[id(manifest.pieces)]
+            told["later_pushes"] += brief
+    return told
 
 
 def _pieces(parcel: Parcel) -> list[Piece]:

@@ -4,19 +4,15 @@ At a small learning rate few weights move as far as another bf16 number. A parce
 elements is sent as a *delta*: which elements have changed since it was last sent, and what they are now.
 
 Both ends keep the parcel as it was sent last, its *image*, in host memory: the sender in a DeltaSender, the
-carrier where it hands the parcel over to its worker. (Its memory has a place for every round of a push, and
-not for two rounds that take turns; a delta is written into what the last push left there.) So engines know
-nothing of deltas. They get whole chunks as ever, also where they repack their weights and keep nothing of
-what was loaded, and an engine that fails or restarts takes no image with it.
+carrier where it hands the parcel over to its worker, which reads whole chunks as ever and knows nothing of
+deltas. Images are told apart by their *fingerprint*, a hash of the bits. The sender remembers which one
+every worker's carrier was sent. A delta goes to those that have the image with which it begins, the whole
+parcel to all others: a new worker, one that was left out of a push, one whose carrier was lost. Whatever was
+sent, the result must have the fingerprint of the sender's parcel, so no fault leaves a wrong weight behind:
 
-Which image somebody has is told by its *fingerprint*, a hash of the bits. When a push begins the carriers say
-what they hold. A sender answers with a delta where that is its own image, and else with the whole parcel: to
-a carrier whose worker is new or missed a push, and after an error. Whatever was sent, the result must have
-the fingerprint of the sender's parcel, so that no fault leaves a wrong weight behind:
-
-    outgoing = sender.take(number, packed)          # a DeltaSender; once in a push
-    body = outgoing.to(receiver.held(number))       # a DeltaReceiver, on the other host
-    receiver.take(number, body, outgoing.fingerprint, image)
+    outgoing = sender.take(number, packed)            # once in a push
+    body = sender.body(worker, number, outgoing)
+    restore(body, image, outgoing.fingerprint)        # on the other host
 
 Memory: a sender keeps each parcel that it sends to other hosts once, however many workers get it; where all
 engines cut the model alike, that is about its own parameters in 16 bits (2.1 GB a rank for Qwen2.5-32B at
@@ -26,7 +22,7 @@ While a parcel is encoded its delta exists twice.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,6 +174,17 @@ def _check(packed: torch.Tensor, expected: int) -> None:
         )
 
 
+def restore(body: torch.Tensor, image: torch.Tensor, expected: int) -> None:
+    """Turn the image into what was sent: by a delta, or all of its bytes, which lie there already.
+
+    DeltaError when it does not have the fingerprint `expected` then; it may hold anything.
+    """
+    if body.nbytes < image.nbytes:
+        decode(body, image, expected)
+    else:
+        _check(image, expected)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Outgoing:
     """A parcel of one push. whole: its bytes, until the sender takes the parcel again. delta: what turns the
@@ -189,58 +196,70 @@ class Outgoing:
     base: int
     delta: torch.Tensor | None
 
-    def to(self, held: int) -> torch.Tensor:
-        """What to send to a carrier whose image has the fingerprint `held`; a delta has fewer bytes."""
-        return self.delta if self.delta is not None and held == self.base else self.whole
+
+class Trial:
+    """Whether deltas pay on these links: the second push to the same engines sends everything (the first one
+    makes all memory), the third one deltas, and what took less time is kept. Ranks that are given the same
+    numbers decide alike.
+    """
+
+    def __init__(self) -> None:
+        self._engines: frozenset[str] = frozenset()
+        self._seconds: list[float] = []  # of the pushes to these engines, without a loss
+
+    @property
+    def sends_whole(self) -> bool:
+        """In the next push."""
+        return len(self._seconds) == 1
+
+    def loses(self, engines: frozenset[str], seconds: float) -> bool:
+        """After each push, with the engines that it reached: whether deltas are to be given up."""
+        if len(self._seconds) >= 3:
+            return False
+        if engines != self._engines:
+            self._engines, self._seconds = engines, []
+        self._seconds.append(seconds)
+        return len(self._seconds) == 3 and self._seconds[2] >= self._seconds[1]
+
+    def __str__(self) -> str:
+        return f"{self._seconds[2]:.2f} s with deltas, {self._seconds[1]:.2f} s without"
 
 
 class DeltaSender:
-    """The images of what one rank sends to other hosts. Numbers of parcels are the caller's."""
+    """The images of what one rank sends to other hosts, and who has been sent which. Numbers of parcels and
+    of workers are the caller's.
+    """
 
     def __init__(self, worth: float = WORTH) -> None:
         self._worth = worth
         self._images: dict[Hashable, tuple[torch.Tensor, int]] = {}  # bytes and fingerprint, by parcel
+        self._held: dict[int, dict[Hashable, int]] = {}  # fingerprints, by worker and parcel
 
     @property
     def num_bytes(self) -> int:
         return sum(image.nbytes for image, _ in self._images.values())
 
-    def take(self, number: Hashable, packed: torch.Tensor) -> Outgoing:
-        """Keep the parcel as it is in this push. To be called once in a push; `packed` is free afterwards."""
+    def take(self, number: Hashable, packed: torch.Tensor, *, whole: bool = False) -> Outgoing:
+        """Keep the parcel as it is in this push, and find its delta unless it is to be sent `whole`. To be
+        called once in a push; `packed` is free afterwards.
+        """
         found, delta = fingerprint(packed), None
         image, base = self._images.get(number, (None, NOTHING))
         if image is None:
             image = packed.clone()
         else:
-            delta = encode(image, packed, worth=self._worth)
+            delta = None if whole else encode(image, packed, worth=self._worth)
             image.copy_(packed)
         self._images[number] = image, found
         return Outgoing(whole=image, fingerprint=found, base=base, delta=delta)
 
+    def body(self, worker: int, number: Hashable, outgoing: Outgoing) -> torch.Tensor:
+        """What to send to this worker's carrier, which counts as sent; a delta has fewer bytes."""
+        of_worker = self._held.setdefault(worker, {})
+        held, of_worker[number] = of_worker.get(number, NOTHING), outgoing.fingerprint
+        return outgoing.delta if outgoing.delta is not None and held == outgoing.base else outgoing.whole
 
-class DeltaReceiver:
-    """Which images one carrier has; the memory is the caller's. Numbers of messages are the caller's."""
-
-    def __init__(self) -> None:
-        self._held: dict[Hashable, int] = {}
-
-    def held(self, number: Hashable) -> int:
-        return self._held.get(number, NOTHING)
-
-    def forget(self, number: Hashable) -> None:
-        """To be called before anything is written over the image."""
-        self._held.pop(number, None)
-
-    def take(self, number: Hashable, body: torch.Tensor, expected: int, image: torch.Tensor) -> None:
-        """Turn the image into what was sent: a delta for it, or all its bytes (which may lie there already).
-
-        DeltaError when the image does not have the fingerprint `expected` then; it counts as none.
-        """
-        self.forget(number)
-        if body.nbytes < image.nbytes:
-            decode(body, image, expected)
-        else:
-            if body.data_ptr() != image.data_ptr():
-                image.copy_(body)
-            _check(image, expected)
-        self._held[number] = expected
+    def forget(self, workers: Collection[int]) -> None:
+        """What they were sent may not have arrived."""
+        for worker in workers:
+            self._held.pop(worker, None)

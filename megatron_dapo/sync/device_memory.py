@@ -41,6 +41,26 @@ class Runtime(Protocol):
     def synchronize(self, device: int) -> None: ...
 
 
+class GpuMemory:
+    """MemoryKind (sync/staging_memory.py) of this process's GPU `device`."""
+
+    def __init__(self, device: torch.device, runtime: Runtime | None = None) -> None:
+        self._device, self._number = device, device.index or 0
+        self._runtime = runtime or Cuda()
+
+    def make(self, num_bytes: int) -> DeviceMemory:
+        return DeviceMemory(num_bytes, self._number, self._runtime)
+
+    def open(self, path: str, num_bytes: int) -> OpenedDeviceMemory:
+        return OpenedDeviceMemory(path, self._runtime)
+
+    def empty(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def synchronize(self) -> None:
+        self._runtime.synchronize(self._number)
+
+
 class DeviceMemory:
     """`bytes` on this process's GPU number `device`, which others of its host open by `path`. OSError when
     there is not enough.

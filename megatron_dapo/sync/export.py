@@ -37,9 +37,11 @@ def export(
     folder: Path,
     source: Path,
     *,
+    card: str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> None:
-    """Write `folder`, whole or not at all, with the tokenizer and configuration of `source`. Collective.
+    """Write `folder`, whole or not at all, with the tokenizer and configuration of `source` and, on rank 0, a
+    `card` as its README.md. Collective.
 
     `shards` is what this rank contributes, `control` a gloo group of all ranks. Rank 0 holds the tensors of
     one chunk and one message of at most the same size; every other rank holds one message. UserError on
@@ -51,7 +53,7 @@ def export(
     slices_by_rank: list[Any] = [None] * dist.get_world_size(control)
     mine = [[part.slice for part in in_chunk] for in_chunk in parts]
     dist.gather_object(mine, slices_by_rank if rank == 0 else None, dst=0, group=control)
-    writer = _Writer(folder, source, dtype) if rank == 0 else None
+    writer = _Writer(folder, source, dtype, card) if rank == 0 else None
     with _failing_together(control, folder):
         if writer:
             _check_coverage(shapes, slices_by_rank)
@@ -76,8 +78,8 @@ def export(
 class _Writer:
     """The folder that rank 0 writes: beside its final place until it is complete."""
 
-    def __init__(self, folder: Path, source: Path, dtype: str) -> None:
-        self._folder, self._source, self._dtype = folder, source, dtype
+    def __init__(self, folder: Path, source: Path, dtype: str, card: str | None) -> None:
+        self._folder, self._source, self._dtype, self._card = folder, source, dtype, card
         self._temporary = folder.with_name(folder.name + ".tmp")
         self._file_of: dict[str, str] = {}
         self._num_files = self._num_bytes = 0
@@ -94,6 +96,8 @@ class _Writer:
 
     def finish(self) -> None:
         hf.finish_checkpoint(self._temporary, self._source, self._file_of, self._num_bytes, self._dtype)
+        if self._card is not None:
+            (self._temporary / "README.md").write_text(self._card)
         hf.replace_folder(self._temporary, self._folder)
 
 

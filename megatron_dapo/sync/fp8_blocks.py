@@ -1,9 +1,8 @@
-"""Weights in block FP8, made where the policy holds them, so that an element travels as one byte.
+"""Weights in block FP8 (weights/block_fp8.py), made where the policy holds them: an element travels as one
+byte.
 
-An engine of a checkpoint with `quant_method: fp8` and `weight_block_size: [128, 128]` (DeepSeek's format) has
-for every linear layer a `weight` in float8_e4m3fn and a `weight_scale_inv` in float32, with a number for each
-block of 128 x 128: the block's values times that number are the weights. Its sink table names both as tensors
-of the checkpoint. `block_holdings` says which ranks can make which part of them, and BlockWeights makes it:
+An engine's sink table names a linear layer's weight and its scales as tensors of the checkpoint.
+`block_holdings` says which ranks can make which part of them, and BlockWeights makes it:
 
     linear = linear_weights(hf_shapes(model))
     held = block_holdings(holdings(model, layout), linear)     # for make_plan
@@ -15,47 +14,17 @@ Qwen2.5-32B do at tp 1 to 8, those of models with heads of 64 dimensions do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.sync.sources import Extent, Held, Holdings, LocalWeights
+from megatron_dapo.weights.block_fp8 import BLOCK, SCALES, Shapes
 from megatron_dapo.weights.slices import Shard
 
-BLOCK = 128  # rows and columns
-SCALES = "_scale_inv"  # behind the name of a weight: the tensor of its blocks' scales
-LINEAR = "_proj.weight"  # how the names of linear layers' weights end, in all families of weights/names.py
 SMALLEST_MAXIMUM = 1e-4  # a block's largest value counts as at least this, as in vLLM
-
-Shapes = Mapping[str, Extent]  # by name of the Hugging Face tensor
-
-
-def linear_weights(shapes: Shapes) -> Shapes:
-    """The tensors that are quantised: not embeddings, head, norms, biases and routers of experts."""
-    return {name: shape for name, shape in shapes.items() if name.endswith(LINEAR)}
-
-
-def checkpoint_facts(shapes: Shapes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every tensor of the quantised checkpoint, with `dtype` for what is not quantised."""
-    facts = {name: (tuple(shape), dtype) for name, shape in shapes.items()}
-    for name, (rows, columns) in linear_weights(shapes).items():
-        facts[name] = ((rows, columns), torch.float8_e4m3fn)
-        facts[name + SCALES] = ((-(-rows // BLOCK), -(-columns // BLOCK)), torch.float32)
-    return facts
-
-
-def quantization_config(shapes: Shapes) -> dict[str, Any]:
-    """What the config.json of the quantised checkpoint has under this name."""
-    kept = [name for name, shape in shapes.items() if len(shape) == 2 and not name.endswith(LINEAR)]
-    return {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [name.removesuffix(".weight") for name in kept],
-    }
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +70,9 @@ def _check_borders(name: str, shape: Extent, box: MappedBox) -> None:
         if begin % BLOCK or (end % BLOCK and end != extent):
             raise UserError(
                 f"a rank of the policy holds {('rows', 'columns')[dim]} {begin} to {end - 1} of {name}, but "
-                f"engines in block FP8 need whole blocks of {BLOCK}; choose a layout.tensor_parallel that "
-                f"cuts it at multiples of {BLOCK}, or engines in bf16"
+                f"rollout.quantization=fp8_block needs whole blocks of {BLOCK}; choose a "
+                f"layout.tensor_parallel that cuts it at multiples of {BLOCK}, or set "
+                f"rollout.quantization to null"
             )
 
 

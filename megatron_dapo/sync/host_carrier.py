@@ -12,9 +12,11 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_dapo.lifeline import set_keepalive
+from megatron_dapo.sync.delta import NOTHING, DeltaError, restore
 from megatron_dapo.sync.host_link import HEADER, STAGED, TOKEN_BYTES, key
 from megatron_dapo.sync.staging_memory import StagingMemory
 
@@ -45,8 +47,10 @@ class HostCarrier:
         number = 0  # of the newest order
         with suppress(dist.DistError):  # the store has ended; so has the run
             while not self._closing.is_set():
-                if select.select([self._listener], [], [], POLL_S)[0]:
+                patience = POLL_S
+                while select.select([self._listener], [], [], patience)[0]:
                     self._accept()
+                    patience = 0.0  # the ranks connect at about the same time
                 if self._store.check([f"{key(self._host)}/order"]):
                     order = json.loads(self._store.get(f"{key(self._host)}/order"))
                     if order["number"] > number:
@@ -100,25 +104,35 @@ class _Receiving:
         self.memory.close()
 
     def _serve(self, connection: socket.socket) -> None:
-        with suppress(OSError):  # the rank has ended, or given this host up
+        """Until the rank has ended, or given this host up, or a delta goes wrong, of which it learns by the
+        end of the connection.
+        """
+        try:
             token = bytearray(TOKEN_BYTES)
             _read(connection, memoryview(token))
             if hmac.compare_digest(token, self._token.encode()):
-                _receive(connection, self.memory.bytes.numpy().data)
+                _receive(connection, self.memory.bytes)
+        except (OSError, DeltaError):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
-def _receive(connection: socket.socket, memory: memoryview) -> None:
+def _receive(connection: socket.socket, memory: torch.Tensor) -> None:
     """Message after message, until the rank closes the connection."""
     header = bytearray(HEADER.size)
     while True:
         _read(connection, memoryview(header))
-        begin, num_bytes = HEADER.unpack(header)
-        if begin + num_bytes > len(memory):
+        begin, size, body_bytes, fingerprint = HEADER.unpack(header)
+        if begin + size > len(memory) or body_bytes > size:
             raise ConnectionError("a message is not for this memory")
-        if num_bytes:
-            _read(connection, memory[begin : begin + num_bytes])
-        else:
+        if not size:
             connection.sendall(STAGED)
+            continue
+        target = memory[begin : begin + size]
+        body = torch.empty(body_bytes, dtype=torch.uint8) if body_bytes < size else target
+        _read(connection, body.numpy().data)
+        if fingerprint != NOTHING:
+            restore(body, target, fingerprint)
 
 
 def _read(connection: socket.socket, target: memoryview) -> None:

@@ -6,8 +6,9 @@ fails on any rank, or takes too long, all ranks give the host up for this push, 
 next one that needs it. Gloo would not do: what it throws in threads of its own when a peer is lost can end
 the process, and a host that is lost must not cost a rank.
 
-On a connection: the order's token; then, for each message, HEADER (byte in the memory, bytes) and the bytes;
-no bytes are the end of a round, which is answered with STAGED.
+On a connection: the order's token; then, for each message, HEADER (byte in the memory, its bytes, bytes that
+follow, fingerprint) and what follows: its bytes, or a delta (delta.py) if those are fewer. A message without
+bytes is the end of a round, which is answered with STAGED.
 
 In the run's store, under megatron_dapo/carrier/HOST/:
 
@@ -38,7 +39,7 @@ from megatron_dapo.sync.plan import Plan
 POLL_S = 0.02
 NO_PATH = "/not/connected"
 TOKEN_BYTES = 32
-HEADER = struct.Struct("!QQ")
+HEADER = struct.Struct("!QQQq")
 STAGED = b"!"
 
 
@@ -52,7 +53,7 @@ class HostLinks:
     def __init__(
         self, plan: Plan, rank: int, control: Any, store: Any, *, sizes: Mapping[str, int], timeout_s: float
     ) -> None:
-        self._rank, self._num_ranks, self._control = rank, len(plan.rank_hosts), control
+        self._rank, self._control = rank, control
         self._store, self._sizes, self._timeout_s = store, sizes, timeout_s
         carriers = {plan.carriers[message.worker] for message in plan.messages if message.source == rank}
         self._mine = {host for host in sizes if host in carriers}  # that this rank sends to
@@ -81,9 +82,12 @@ class HostLinks:
                 self._attempt(host, partial(self._connect, host, where, answer["token"]))
         return self.agree()
 
-    def send(self, host: str, begin: int, message: torch.Tensor) -> Sending:
-        """Begin to send a message to this byte of the host's memory."""
-        return Sending(self, host, lambda connection: connection.send(begin, message))
+    def send(self, host: str, begin: int, size: int, body: torch.Tensor, fingerprint: int) -> Sending:
+        """Begin to send a message of `size` bytes to this byte of the host's memory. A body with fewer bytes
+        is a delta; the fingerprint is checked if it is not NOTHING.
+        """
+        header = HEADER.pack(begin, size, body.nbytes, fingerprint)
+        return Sending(self, host, lambda connection: connection.send(header, body))
 
     def finish(self, hosts: Collection[str]) -> list[Sending]:
         """Begin to ask those of these hosts that this rank sends to whether all messages have arrived."""
@@ -96,20 +100,14 @@ class HostLinks:
         if not self._paths:
             dist.barrier(group=self._control)
             return {}
-        num_lost = torch.tensor(len(self._lost))
-        dist.all_reduce(num_lost, group=self._control)
-        if not num_lost.item():
-            return {}
-        found: list[Any] = [None] * self._num_ranks
-        dist.all_gather_object(found, self._lost, group=self._control)
-        reasons: dict[str, str] = {}
-        for rank, lost in enumerate(found):
-            for host, reason in lost.items():
-                reasons.setdefault(host, f"{host} cannot be sent weights (rank {rank}: {reason})")
-        for host in reasons:
+        lost = agreed(self._lost, self._control)
+        for host in lost:
             self._disconnect(host)
         self._lost = {}
-        return reasons
+        return {
+            host: f"{host} cannot be sent weights (rank {rank}: {reason})"
+            for host, (rank, reason) in lost.items()
+        }
 
     def close(self) -> None:
         for host in list(self._paths):
@@ -175,8 +173,8 @@ class _Connection:
         self._socket.sendall(token.encode())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="to a serving host")
 
-    def send(self, begin: int, message: torch.Tensor) -> Future[None]:
-        return self._thread.submit(self._send, begin, message.numpy().data)
+    def send(self, header: bytes, body: torch.Tensor) -> Future[None]:
+        return self._thread.submit(self._send, header, body.numpy().data)
 
     def finish(self) -> Future[None]:
         return self._thread.submit(self._finish)
@@ -187,15 +185,15 @@ class _Connection:
         self._socket.close()
         self._thread.shutdown(wait=False)
 
-    def _send(self, begin: int, message: memoryview) -> None:
+    def _send(self, header: bytes, body: memoryview) -> None:
         with self._closed_on_error():
-            self._socket.sendall(HEADER.pack(begin, len(message)))
-            while message:  # `sendall` would give the whole message no more than `timeout_s`
-                message = message[self._socket.send(message) :]
+            self._socket.sendall(header)
+            while body:  # `sendall` would give the whole message no more than `timeout_s`
+                body = body[self._socket.send(body) :]
 
     def _finish(self) -> None:
         with self._closed_on_error():
-            self._socket.sendall(HEADER.pack(0, 0))
+            self._socket.sendall(HEADER.pack(0, 0, 0, 0))
             if self._socket.recv(1) != STAGED:
                 raise ConnectionError("it has closed the connection")
 
@@ -207,6 +205,23 @@ class _Connection:
         except OSError:
             self._socket.close()
             raise
+
+
+def agreed(lost: Mapping[Any, str], control: Any) -> dict[Any, tuple[int, str]]:
+    """When all ranks are here: what any of them has lost, and the first rank that did, with its reason.
+    Collective.
+    """
+    num_lost = torch.tensor(len(lost))
+    dist.all_reduce(num_lost, group=control)
+    if not num_lost.item():
+        return {}
+    found: list[Any] = [None] * dist.get_world_size(control)
+    dist.all_gather_object(found, dict(lost), group=control)
+    reasons: dict[Any, tuple[int, str]] = {}
+    for rank, of_rank in enumerate(found):
+        for item, reason in of_rank.items():
+            reasons.setdefault(item, (rank, reason))
+    return reasons
 
 
 def key(host: str) -> str:

@@ -13,19 +13,25 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 import torch.distributed as dist
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.rendezvous import without_prefix
+from megatron_dapo.sync.device_memory import GpuMemory
 from megatron_dapo.sync.exchange import Exchange
+from megatron_dapo.sync.fp8_blocks import BlockWeights, block_holdings
 from megatron_dapo.sync.manifest import Manifest
 from megatron_dapo.sync.plan import Worker
 from megatron_dapo.sync.sink_checks import problems
 from megatron_dapo.sync.sinks import SinkTable
 from megatron_dapo.sync.sources import LocalWeights, holdings
+from megatron_dapo.sync.staging import Means
+from megatron_dapo.sync.staging_memory import HostMemory
 from megatron_dapo.sync.transport import Transport
+from megatron_dapo.weights.block_fp8 import linear_weights, scale_shapes
 from megatron_dapo.weights.hf import DTYPES
 from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard
@@ -33,6 +39,7 @@ from megatron_dapo.weights.slices import Shard
 Shapes = Mapping[str, tuple[int, ...]]
 Verify = Literal["never", "first"] | int
 PROBLEMS_SHOWN = 5
+CPU = torch.device("cpu")
 
 Phase = Literal["begin", "send", "commit"]
 WHILE = {
@@ -109,7 +116,7 @@ class Publisher:
 
     share(value): rank 0's value on every rank. shapes: of the checkpoint's tensors. dtype: of the policy's
     weights, as in torch without "torch.". verify: which pushes are checked byte by byte: none, the first, or
-    every n-th.
+    every n-th. weights: what is sent of a rank's shards.
     """
 
     def __init__(
@@ -120,8 +127,9 @@ class Publisher:
         shapes: Shapes,
         dtype: str,
         verify: Verify = "first",
+        weights: Callable[[Sequence[Shard]], LocalWeights] = LocalWeights,
     ) -> None:
-        self._transport, self._share = transport, share
+        self._transport, self._share, self._weights = transport, share, weights
         self._shapes, self._dtype, self._verify = shapes, dtype, verify
         self._tables: dict[str, list[SinkTable]] = {}  # rank 0: of every replica that was ever reached
         self._known: dict[str, SinkTable] = {}  # rank 0: every different table, by what was answered
@@ -143,7 +151,7 @@ class Publisher:
             self._workers, self._told = workers, {}
         self._transport.set_workers(self._workers)
         verify, self._num_pushes = self._verifies(), self._num_pushes + 1
-        for chunks in self._transport.rounds(LocalWeights(shards), version, engines=engines, verify=verify):
+        for chunks in self._transport.rounds(self._weights(shards), version, engines=engines, verify=verify):
             if push:
                 push.lose(self._transport.lost)
                 push.send({name: self._brief(name, of_workers) for name, of_workers in chunks.items()})
@@ -202,10 +210,17 @@ class Publisher:
 
 
 def make_publisher(
-    config: RunConfig, model: ModelSpec, rank: int, hosts: Sequence[str], control: Any, store: Any = None
+    config: RunConfig,
+    model: ModelSpec,
+    rank: int,
+    hosts: Sequence[str],
+    control: Any,
+    store: Any = None,
+    device: torch.device = CPU,
 ) -> Publisher:
     """Of a run. hosts: by rank, the name of its host. control: a gloo group of all ranks. store: a connection
-    to the run's store, for engines on hosts without ranks.
+    to the run's store, for engines on hosts without ranks. device: of this rank; weights travel over NCCL
+    from GPU to GPU, but for deltas, which are made in memory of the host.
     """
 
     def share(value: Any) -> Any:
@@ -213,18 +228,33 @@ def make_publisher(
         dist.broadcast_object_list(values, src=0, group=control)
         return values[0]
 
-    dtype = str(DTYPES[config.model.dtype]).removeprefix("torch.")
-    exchange = Exchange(
+    dtype, shapes = str(DTYPES[config.model.dtype]).removeprefix("torch."), hf_shapes(model)
+    in_fp8 = linear_weights(shapes) if config.rollout.quantization else {}
+    on_gpu = device.type == "cuda" and not config.sync.delta
+    means = Means(
         rank=rank,
         control=control,
-        hosts=hosts,
-        held=holdings(model, config.layout.to_layout()),
-        chunk_bytes=config.sync.chunk_bytes,
-        dtype=dtype,
+        data=dist.group.WORLD if on_gpu else control,
+        memory=GpuMemory(device) if on_gpu else HostMemory(),
+        delta=config.sync.delta,
         store=without_prefix(store),
         timeout_s=config.rollout.progress_timeout_s,
     )
-    return Publisher(exchange, share, shapes=hf_shapes(model), dtype=dtype, verify=config.sync.verify)
+    exchange = Exchange(
+        means,
+        hosts=hosts,
+        held=block_holdings(holdings(model, config.layout.to_layout()), in_fp8),
+        chunk_bytes=config.sync.chunk_bytes,
+        dtype=dtype,
+    )
+    return Publisher(
+        exchange,
+        share,
+        shapes={**shapes, **scale_shapes(in_fp8)},
+        dtype=dtype,
+        verify=config.sync.verify,
+        weights=lambda shards: BlockWeights(shards, in_fp8),
+    )
 
 
 class _Push:

@@ -5,6 +5,7 @@
    ranks take their parts (or their experts) in order.
 3. `naming_problems`: each part of each parameter comes from the tensor of its own name: layer, leaf, expert,
    and the order of q/k/v and of gate/up.
+4. `scale_problems`: no loader computes with tensors in block FP8 or with their scales.
 """
 
 from __future__ import annotations
@@ -16,24 +17,32 @@ from collections.abc import Mapping, Sequence
 
 from megatron_dapo.sync.regions import MappedBox, boxes_of, without
 from megatron_dapo.sync.sinks import Sink, SinkTable
+from megatron_dapo.weights.block_fp8 import SCALES
 
 # Modules that vLLM makes of several Hugging Face modules, whose parts lie in this order.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 # The same for the experts of a layer, which lie one behind the other in one parameter.
 EXPERTS = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
+# Scales of an FP8 cache, which vLLM gives every attention layer of an FP8 model, whatever its cache is. It
+# builds them as -1, takes that for "not in the checkpoint", and uses 1 (layers/quantization/kv_cache.py).
+CACHE_SCALE = re.compile(r".*\.attn\.(q|k|v|prob)_scale")
 
 
 def problems(tables: Sequence[SinkTable], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """All that is wrong with the tables of one engine's workers. shapes: of the checkpoint's tensors."""
-    found = []
+    found, block_fp8 = [], any(name.endswith(SCALES) for name in shapes)
     for table in tables:
         where = f"tp rank {table.tp_rank}, pp rank {table.pp_rank}: "
-        found += [where + problem for problem in (*coverage_problems(table), *naming_problems(table))]
+        unset = CACHE_SCALE if block_fp8 else None
+        of_table = (*coverage_problems(table, unset), *naming_problems(table), *scale_problems(table, shapes))
+        found += [where + problem for problem in of_table]
     return found + source_problems(tables, shapes)
 
 
-def coverage_problems(table: SinkTable) -> list[str]:
-    """Elements of parameters that are written never or twice. What a loader computes is not looked into."""
+def coverage_problems(table: SinkTable, unset: re.Pattern[str] | None = None) -> list[str]:
+    """Elements of parameters that are written never or twice. What a loader computes is not looked into.
+    unset: names of scalars that may also keep the value that the engine was built with.
+    """
     rows = defaultdict(list)
     for row in (*table.padding, *table.sinks):
         rows[row.parameter].append(row)
@@ -42,6 +51,8 @@ def coverage_problems(table: SinkTable) -> list[str]:
         if name in table.computed:
             if rows[name]:
                 found.append(f"{name} is computed by its loader and written by a sink as well")
+            continue
+        if unset and unset.fullmatch(name) and not shape and not rows[name]:
             continue
         left = [MappedBox((0,) * len(shape), shape)] if math.prod(shape) else []
         for row in rows[name]:
@@ -106,6 +117,18 @@ def naming_problems(table: SinkTable) -> list[str]:
             names = [source for _, _, source in sorted(parts)]
             found.append(f"{parameter}: its parts lie out of order: {', '.join(dict.fromkeys(names))}")
     return found
+
+
+def scale_problems(table: SinkTable, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tensors of a checkpoint in block FP8 that the engine's loaders compute with: these would be sent whole,
+    in the type of the others.
+    """
+    return [
+        f"{name} is in block FP8, and the engine computes with it as it loads it; choose a "
+        f"rollout.tensor_parallel that cuts it at multiples of 128"
+        for name in table.whole
+        if name.endswith(SCALES) or name + SCALES in shapes
+    ]
 
 
 def place_of(parameter: str, source: str) -> tuple[int, int] | None:

@@ -36,23 +36,29 @@ def resolve_folder(model: str) -> Path:
         ) from error
 
 
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """File of each tensor of a safetensors checkpoint, from its index or its only file. UserError where there
+    is none, or it cannot be read.
+    """
+    index, only = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            return dict(json.loads(index.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
+    if not only.is_file():
+        raise UserError(
+            f"model.path={folder} has no model.safetensors; convert the checkpoint to safetensors first"
+        )
+    with _open(only) as file:
+        return dict.fromkeys(file.keys(), only.name)
+
+
 class CheckpointReader:
     """Slices of the tensors of a safetensors checkpoint, read lazily (memory-mapped)."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (OSError, ValueError, KeyError) as error:
-                raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
-        elif (folder / "model.safetensors").is_file():
-            with _open(folder / "model.safetensors") as file:
-                self._file_of = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(
-                f"model.path={folder} has no model.safetensors; convert the checkpoint to safetensors first"
-            )
+        self._file_of = read_weight_map(folder)
         self._folder = folder
         self._files: dict[str, Any] = {}
 
@@ -94,15 +100,15 @@ def finish_checkpoint(
     """Write the index; copy tokenizer and configuration of `source`, with `dtype` written into the latter."""
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for file in _side_files(source):
+    for file in side_files(source):
         shutil.copy(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    config["dtype"] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def _side_files(source: Path) -> Iterable[Path]:
+def side_files(source: Path) -> Iterable[Path]:
     """Everything but weights: configuration, generation defaults, tokenizer, chat template, licence."""
     for file in sorted(source.iterdir()):
         if (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from megatron_dapo.batching.filtering import Window, widened
@@ -30,6 +32,11 @@ def test_what_is_refused_is_named():
         "outside_window",
         "all_correct",
     ]
+
+
+@pytest.mark.parametrize("window", [Window(), Window(low=0.3, high=0.7, inclusive=True)])
+def test_a_group_without_any_grade_is_refused_as_such(window):
+    assert window.judge(math.nan) == "ungraded"
 
 
 def test_widening_goes_half_way_until_only_the_extremes_are_out():

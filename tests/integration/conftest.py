@@ -27,6 +27,7 @@ def finished(place) -> SimpleNamespace:
         "".join(json.dumps({"prompt": f"{i}-1=", "answer": str(i - 1)}) + "\n" for i in range(6))
     )
     extra = {"evaluation__path": held_out, "evaluation__every_steps": STEPS, "checkpoint__every_steps": 1}
+    extra |= {"checkpoint__export_every": 1, "checkpoint__keep_exports": 2}
     arguments = overrides(place.model, place.data, run_dir, run__max_steps=STEPS, **extra)
     with started(arguments, place.data, place.folder / "finished.log") as run:
         status = run.wait()

@@ -62,14 +62,16 @@ def test_kill_9_of_every_process_resumes_exactly(finished, place):
 
 @pytest.mark.slow
 def test_kill_9_while_saving_leaves_the_previous_checkpoint(finished, place):
-    """Killed as soon as the temporary folder of the second checkpoint is there."""
+    """In the background, killed as soon as the temporary folder of the second checkpoint is there."""
     run_dir = place.folder / "killed_saving"
-    with resume(place, run_dir, "saving_1.log") as run:
+    with resume(place, run_dir, "saving_1.log", checkpoint__async_save=True) as run:
         run.until((run_dir / "checkpoints" / "step_000002.tmp").exists)
         run.kill()
     assert (run_dir / "checkpoints" / "step_000001" / "run.pt").exists()
-    with resume(place, run_dir, "saving_2.log") as run:
+    with resume(place, run_dir, "saving_2.log", checkpoint__async_save=True) as run:
         assert run.wait() == 0, run.text
+    saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert saved == [f"step_{step:06d}" for step in range(1, STEPS + 1)]
     assert_steps_equal(run_dir, finished, range(1, STEPS + 1))
 
 

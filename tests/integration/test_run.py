@@ -109,3 +109,19 @@ def test_the_export_is_the_trained_model(finished, place):
             after[name] - before[name]
         ).abs().max() <= 1.5 * STEPS * 0.003  # Adam moves at most about lr an update
     assert AutoTokenizer.from_pretrained(finished.run_dir / "hf")("1+1=")["input_ids"]
+
+
+def test_exports_on_the_way_are_whole_and_the_newest_stay(finished, place):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = sorted((finished.run_dir / "exports").iterdir())
+    assert [path.name for path in folders] == [f"step_{step:06d}" for step in (STEPS - 2, STEPS - 1)]
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in folders)
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    assert AutoTokenizer.from_pretrained(folders[1])("1+1=")["input_ids"]
+    assert (folders[1] / "generation_config.json").is_file()
+    card = (finished.run_dir / "hf" / "README.md").read_text()
+    accuracies = [line["eval/accuracy"] for line in finished.metrics if "eval/accuracy" in line]
+    first, last = (f"{accuracy:.4g}" for accuracy in accuracies)
+    assert f"| held-out accuracy | {first} (step 0) | {last} (step {STEPS}) |" in card
+    assert str(place.folder) not in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 
@@ -98,6 +99,20 @@ def test_a_masked_response_keeps_its_reward_in_the_mean_and_deviation():
     samples = with_advantages([group(rewards, masked=(1,))])
     assert [bool(s.response_mask.any()) for s in samples] == [True, False, True]
     assert float(samples[0].advantages[0]) == pytest.approx((1 + 1 / 3) / (statistics.stdev(rewards) + 1e-6))
+
+
+def test_a_response_without_a_grade_counts_neither_in_the_mean_nor_in_the_deviation():
+    three = dataclasses.replace(group([1.0, -9.0, -1.0, -1.0]), correct=(True, None, False, False))
+    samples = with_advantages([three])
+    scale = statistics.stdev([1.0, -1.0, -1.0]) + 1e-6
+    expected = [(1 + 1 / 3) / scale, 0.0, (-1 + 1 / 3) / scale, (-1 + 1 / 3) / scale]
+    assert [float(s.advantages[0]) for s in samples] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("correct", [(None, None), (True, None)])
+def test_fewer_than_two_grades_make_no_advantage(correct):
+    ungraded = dataclasses.replace(group([1.0, -1.0]), correct=correct)
+    assert [float(s.advantages[0]) for s in with_advantages([ungraded])] == [0.0, 0.0]
 
 
 def test_single_tokens_of_a_response_can_be_masked():

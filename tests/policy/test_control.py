@@ -14,6 +14,7 @@ import time
 import pytest
 import torch.distributed as dist
 
+from megatron_dapo.lifeline import Clocks
 from megatron_dapo.policy.control import ControlChannel, RankZeroLost
 
 SILENCE_S = 0.6
@@ -70,6 +71,16 @@ def test_a_leader_without_signs_of_life_is_given_up_after_the_silence():
     with pytest.raises(RankZeroLost, match=r"no sign of life for 0\.6 s.*resume from the last checkpoint"):
         follower.share()
     assert SILENCE_S < time.monotonic() - began < 3 * SILENCE_S
+
+
+def test_where_the_lifeline_watches_a_leader_may_hold_its_interpreter_as_long_as_that_allows():
+    leader, follower = channels(dist.HashStore())
+    leader.close()
+    follower.leave_it_to_the_lifeline(Clocks(beat_s=0.1, silent_beats=2, held_s=1.5))
+    began = time.monotonic()
+    with pytest.raises(RankZeroLost, match=r"no sign of life for 1\.7 s"):
+        follower.share()
+    assert 1.7 < time.monotonic() - began < 1.7 + 3 * SILENCE_S
 
 
 def test_a_store_that_ends_is_a_lost_leader():

@@ -38,7 +38,7 @@ def make_group(position: int, num_samples: int = 2) -> Group:
     return Group(
         prompt=prompt,
         completions=completions,
-        correct=tuple(i == 0 for i in range(num_samples)),
+        correct=tuple((True, None, False)[i % 3] for i in range(num_samples)),
         rewards=rewards,
     )
 
@@ -77,7 +77,7 @@ def test_any_reader_of_parquet_finds_one_row_a_completion(tmp_path):
     table = pq.read_table(path)
     assert table.select(["position", "number", "correct", "reward", "finish_reason"]).to_pylist() == [
         {"position": 5, "number": 0, "correct": True, "reward": 1.0, "finish_reason": "stop"},
-        {"position": 5, "number": 1, "correct": False, "reward": 0.9, "finish_reason": "length"},
+        {"position": 5, "number": 1, "correct": None, "reward": 0.9, "finish_reason": "length"},
     ]
     assert table["tokens"].to_pylist() == [[4, 5, 6, 7], [4, 5, 6, 8]]
     assert table["trained"].to_pylist() == [None, [True, False, True, True]]  # None: all

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from support.samples import make_group, make_prompt, make_sample
 
 from megatron_dapo.batching.packing import pack
@@ -58,6 +60,16 @@ def test_ages_are_of_the_oldest_token_of_each_trained_group():
     measured = metrics(Collected(groups=trained, sampled=(), counts={"overdue": 1}))
     assert (measured["sampling/age_mean"], measured["sampling/age_max"]) == (5 / 4, 3)
     assert measured["sampling/overdue_share"] == 0.25
+
+
+def test_what_has_no_grade_is_in_no_mean():
+    graded = dataclasses.replace(TRAINED, correct=(True, None), rewards=(1.0, -0.5))
+    nothing = dataclasses.replace(HARD, correct=(None, None))
+    facts = (GroupFacts.of(graded, "accepted"), GroupFacts.of(nothing, "ungraded"))
+    measured = metrics(Collected(groups=(graded,), sampled=facts, counts={"ungraded": 1}))
+    assert measured["accuracy/mean"] == measured["reward/mean"] == 1.0
+    assert measured["sampling/ungraded"] == 1 and measured["tokens/wasted_ungraded"] == 40
+    assert metrics(Collected(groups=(nothing,), sampled=facts[1:], counts={}))["accuracy/mean"] == 0.0
 
 
 def test_tokens_and_grades_are_counted():

@@ -20,7 +20,8 @@ from megatron_dapo.types import Completion, Timing
 
 RIGHT = Grade(correct=True, outcome="graded")
 WRONG = Grade(correct=False, outcome="graded")
-ERROR = Grade(correct=False, outcome="error")
+ERROR = Grade(correct=None, outcome="error")
+TIMEOUT = Grade(correct=None, outcome="timeout")
 LONGEST = 10
 
 
@@ -66,10 +67,19 @@ def test_a_group_has_its_prompts_completions_grades_and_rewards(make_grader):
     grader, prompt = make_grader(), make_prompt(3, answer="7")
     completions = [make_completion((7, 0)), make_completion((8,), number=1), make_completion((9,), number=2)]
     timing = Timing(engine="engine_0", sent=1.0, answered=2.0, graded=3.0)
-    group = grader.group(prompt, completions, [RIGHT, WRONG, ERROR], timing)
+    group = grader.group(prompt, completions, [RIGHT, WRONG, WRONG], timing)
     assert group.prompt is prompt and list(group.completions) == completions and group.timing == timing
     assert group.correct == (True, False, False) and group.rewards == (1.0, -1.0, -1.0)
     assert grader.group(prompt, completions, [RIGHT] * 3).timing is None
+
+
+@pytest.mark.parametrize("no_grade", [ERROR, TIMEOUT])
+def test_a_response_without_a_grade_is_masked_and_neither_right_nor_wrong(make_grader, no_grade):
+    completions = [make_completion((7,) * n, number=n) for n in (8, 9, 2)]
+    group = make_grader(overlong_cache=4).group(make_prompt(), completions, [RIGHT, no_grade, RIGHT])
+    assert group.correct == (True, None, True) and group.accuracy == 1.0
+    assert group.rewards == (0.5, -0.75, 1.0), "the overlong penalty alone"
+    assert [completion.trained.all() for completion in group.completions] == [True, False, True]
 
 
 def test_long_responses_are_penalised_whatever_their_grade(make_grader):

@@ -19,8 +19,8 @@ from megatron_dapo.reward.pool import Grade, GradingPool
 
 RIGHT = Grade(correct=True, outcome="graded")
 WRONG = Grade(correct=False, outcome="graded")
-TIMEOUT = Grade(correct=False, outcome="timeout")
-ERROR = Grade(correct=False, outcome="error")
+TIMEOUT = Grade(correct=None, outcome="timeout")
+ERROR = Grade(correct=None, outcome="error")
 CHECK = "pool_verifiers:check"
 BYTES = DecoderSource(library="tokenizers", body=make_byte_backend().to_str().encode())
 # How responses reach the workers: as texts, or as token ids that the workers decode.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import signal
 import socket
@@ -117,6 +118,24 @@ def test_a_runs_server_starts_with_dummy_weights_unless_they_are_looked_at(tmp_p
     assert found == expected
     fresh = server_module.make_server(config, 0, tmp_path, TOKEN, digests="fresh", load_format="auto")
     assert "dummy" not in fresh.arguments(8000)
+
+
+def test_a_server_in_fp8_is_told_what_is_quantised(tmp_path, small_llama):
+    def arguments(*values: str) -> list[str]:
+        config = RunConfig.load(None, [f"model.path={small_llama}", f"run.dir={tmp_path}", *values])
+        return server_module.make_server(config, 0, small_llama, TOKEN, digests="").arguments(8000)
+
+    plain, fp8 = arguments(), arguments("rollout.quantization=fp8_block")
+    at = fp8.index("--hf-overrides")
+    assert fp8[:at] + fp8[at + 2 :] == plain
+    assert json.loads(fp8[at + 1]) == {
+        "quantization_config": {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["model.embed_tokens", "lm_head"],
+        }
+    }
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,15 @@ def on_one_host(place) -> SimpleNamespace:
         return host_runs.finished(place, hosts[0], "four_ranks", ranks=4, engines=2, **LAYOUT)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_ranks_of_one_replica_over_hosts(place, on_one_host, count):
+@pytest.mark.parametrize(("count", "delta"), [(2, False), (4, False), (2, True)])
+def test_ranks_of_one_replica_over_hosts(place, on_one_host, count, delta):
     """tp2 pp2: with two hosts each has a pipeline stage, with four every message leaves its host. Every host
     has an engine.
     """
-    name = f"over_{count}_hosts"
+    name = f"over_{count}_hosts{'_by_deltas' * delta}"
     with Hosts(count) as hosts:
         machines = [hosts[i] for i in range(count)]
-        with start(place, machines, name, ranks=4 // count, **LAYOUT) as run:
+        with start(place, machines, name, ranks=4 // count, sync__delta=delta, **LAYOUT) as run:
             assert run.wait() == 0, run.text
             assert run.all_gone()
     assert len(list((place.folder / name / "logs").iterdir())) == count

@@ -62,11 +62,12 @@ def engines_on(run: RunOnHosts, host: Host) -> list[Any]:
     return run.named(f"--host {host.address}")
 
 
-def test_an_engine_on_another_host_trains_as_one_beside_the_rank(place, three_hosts, colocated):
-    name, first, second = "apart", three_hosts[0], three_hosts[1]
+@pytest.mark.parametrize("delta", [False, True])
+def test_an_engine_on_another_host_trains_as_one_beside_the_rank(place, three_hosts, colocated, delta):
+    name, first, second = f"apart{'_by_deltas' * delta}", three_hosts[0], three_hosts[1]
     run_dir = place.folder / name
     with (
-        start(place, [first], name, ranks=1, **APART) as run,
+        start(place, [first], name, ranks=1, sync__delta=delta, **APART) as run,
         serving(run, place, second, name) as server,
     ):
         run.until(lambda: metrics(run_dir))

@@ -74,6 +74,9 @@ class Struck:
             self._strike()
         self._connection.sendall(data)
 
+    def shutdown(self, how: int) -> None:
+        self._connection.shutdown(how)
+
 
 def carry(address: str, port: int, host: str, phase: str = "", kind: str = "") -> None:
     """A carrier, as long as the helper lives."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_dapo.types import Batch
 from support.cases import PolicyRun, plan
+from support.jobs_background import opening
 from support.jobs_policy import digest, open_policy, part_of
 from support.samples import make_samples
 
@@ -108,14 +108,11 @@ def _run_state(policy: Any, step: int) -> Any:
 def _fail_to_save(policy: Any, run_dir: Path) -> str | None:
     """The disk is full for rank 1 alone: the message of SaveFailed on this rank."""
     from megatron_dapo import checkpoint
+    from megatron_dapo.checkpoint_writer import SaveFailed
 
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if policy.session.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        checkpoint.save(run_dir, policy, _run_state(policy, 3), keep=1)
-    except checkpoint.SaveFailed as failure:
+        with opening(lambda file: "/dev/full" if policy.session.rank == 1 else file):
+            checkpoint.save(run_dir, policy, _run_state(policy, 3), keep=1)
+    except SaveFailed as failure:
         return str(failure)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     return None

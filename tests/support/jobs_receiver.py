@@ -21,6 +21,8 @@ from megatron_dapo.sync.exchange import Exchange
 from megatron_dapo.sync.publish import Publisher, PublishReport
 from megatron_dapo.sync.sinks import SinkTable
 from megatron_dapo.sync.sources import holdings
+from megatron_dapo.sync.staging import Means
+from megatron_dapo.sync.staging_memory import HostMemory
 from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard, Slice
 from support import replicas
@@ -127,9 +129,12 @@ def run(folders: list[str], folder: str) -> dict[str, Any]:
     real = Client(ours)
     [answer] = asyncio.run(real.sink_tables(hf_shapes(spec), "float32"))
     fleet = Fleet(real=real, other=replicas.Client(tables=[SinkTable.from_json(answer)]))  # type: ignore
+    world = dist.group.WORLD
+    means = Means(
+        rank=0, control=world, data=world, memory=HostMemory(), delta=False, store=None, timeout_s=30.0
+    )
     exchange = Exchange(
-        rank=0,
-        control=dist.group.WORLD,
+        means,
         hosts=[replicas.HOST],
         held=holdings(spec, Layout()),
         chunk_bytes=CHUNK_BYTES,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from megatron_dapo.layout import Layout
 from megatron_dapo.rendezvous import without_prefix
 from support.carriers import Carriers
-from support.jobs_exchange import Case, Pushes, on_all_ranks, three_pushes
+from support.exchanging import Case, Pushes, on_all_ranks, three_pushes, without_trial
 
-FAULTY = Case(model="dense", layout=Layout(tp=2, pp=2), hosts="aabb", engine_hosts="axy")
+TIMEOUT_S = 3.0
+FAULTY = Case(model="dense", layout=Layout(tp=2, pp=2), hosts="aabb", engine_hosts="axy", timeout_s=TIMEOUT_S)
 
 
 def run(cases: Mapping[str, Case], faults: Sequence[str]) -> dict[str, Any]:
@@ -27,11 +29,12 @@ def run(cases: Mapping[str, Case], faults: Sequence[str]) -> dict[str, Any]:
     store = without_prefix(dist.distributed_c10d._get_default_store())
     carriers = Carriers(store) if dist.get_rank() == 0 else None
     try:
-        for host in "xy" if carriers else "":
+        apart = {host for case in cases.values() for host in set(case.engine_hosts) - set(case.hosts)}
+        for host in sorted(apart | {"x", "y"}) if carriers else ():
             carriers.start(host)  # type: ignore[union-attr]
         dist.barrier()
         return {
-            "cases": {name: three_pushes(case) for name, case in cases.items()},
+            "cases": {name: without_trial(partial(three_pushes, case)) for name, case in cases.items()},
             "few": few_members(),
             "faults": lose_and_find_again(faults, carriers),
             "files": open_files(),

@@ -115,6 +115,13 @@ def make_workers(model: ModelSpec, hosts: Sequence[str], *, tp: int, **options) 
 def local_weights(
     model: ModelSpec, layout: Layout, rank: int, weights: Mapping[str, torch.Tensor]
 ) -> LocalWeights:
+    """What a rank holds, filled from the checkpoint."""
+    return LocalWeights(local_shards(model, layout, rank, weights))
+
+
+def local_shards(
+    model: ModelSpec, layout: Layout, rank: int, weights: Mapping[str, torch.Tensor]
+) -> list[Shard]:
     """What a rank holds, filled from the checkpoint. Worked out from Megatron's names, on its own."""
     at = layout.coordinates(rank)
     of_stage = rank % (layout.tp * layout.cp * layout.dp)
@@ -137,7 +144,7 @@ def local_weights(
         if slices:
             parts = [weights[s.hf].narrow(s.dim, s.hf_start, s.size) for s in slices]
             shards.append(Shard(name, torch.cat(parts, dim=slices[0].dim), tuple(slices)))
-    return LocalWeights(shards)
+    return shards
 
 
 def direct(table: SinkTable, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -93,11 +93,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(folder: Path, digests: Path, rank: int = 0, **layout: Any) -> Iterator[Worker]:
-    """Rank `rank` of a pretended engine."""
+def worker(folder: Path, digests: Path, rank: int = 0, **options: Any) -> Iterator[Worker]:
+    """Rank `rank` of a pretended engine. options: of its configuration; it computes in fp32 by default."""
     from megatron_dapo.sync.vllm import sinks_pretend
 
-    config = sinks_pretend.engine_config(folder, dtype="float32", **layout)
+    options.setdefault("dtype", "float32")
+    config = sinks_pretend.engine_config(folder, **options)
     with sinks_pretend.pretend(config, rank), pytest.MonkeyPatch.context() as patch:
         patch.setenv(DIGEST_VARIABLE, str(digests))
         for name in ("empty_cache", "synchronize"):  # as vLLM's CPU worker does
@@ -111,12 +112,13 @@ def computed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    dtype = found["model.norm.weight"].dtype
     for name, layer in model.named_modules():
         if isinstance(layer, LinearBase | VocabParallelEmbedding):
             layer: Any
             sizes = ("input_size_per_partition", "input_size", "embedding_dim")
             width = next(getattr(layer, size) for size in sizes if hasattr(layer, size))
-            values = torch.linspace(-1, 1, 3 * width).view(3, width)
+            values = torch.linspace(-1, 1, 3 * width).view(3, width).to(dtype)
             found[f"{name} applied"] = layer.quant_method.apply(layer, values)
     return found
 

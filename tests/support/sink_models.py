@@ -40,12 +40,15 @@ class Checkpoint:
         return {name: shape for name, (shape, _) in self.facts.items()}
 
 
-def make_checkpoint(folder: Path, arch: str, *, tied: bool) -> Checkpoint:
-    """Random fp32 weights without a tokenizer, named as transformers saves them."""
+def make_checkpoint(folder: Path, arch: str, *, tied: bool, **changed: int) -> Checkpoint:
+    """Random fp32 weights without a tokenizer, named as transformers saves them. changed: of SIZES and what
+    comes with the architecture.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     special = SPECIAL_KEYS.get(arch, {}) | (EXPERTS if arch == "qwen3_moe" else {})
-    config = AutoConfig.for_model(arch, **SIZES, **special, tie_word_embeddings=tied, dtype="float32")
+    sizes = SIZES | special | changed
+    config = AutoConfig.for_model(arch, **sizes, tie_word_embeddings=tied, dtype="float32")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -138,15 +138,23 @@ class _Receiver:
     """One worker. `open` gives it a model; then the calls of a push."""
 
     def __init__(self, tp: int, rank: int, digests: Path) -> None:
-        self._tp, self._rank, self._digests = tp, rank, digests
+        self._rank, self._digests = rank, digests
+        self._options: dict[str, Any] = {"tp": tp, "dtype": "float32"}
         self._stack = contextlib.ExitStack()
+
+    def use_fp8_kernels(self) -> None:
+        """Load bf16 models from now on, whose config.json may be one of block FP8."""
+        from support import fp8_worker
+
+        assert fp8_worker
+        self._options["dtype"] = "bfloat16"
 
     def open(self, folder: Path) -> None:
         """Load the checkpoint, as vLLM does; a model that was opened before is dropped."""
         from support.receiving import worker
 
         self._stack.close()
-        self._worker = self._stack.enter_context(worker(folder, self._digests, self._rank, tp=self._tp))
+        self._worker = self._stack.enter_context(worker(folder, self._digests, self._rank, **self._options))
         gc.freeze()  # vLLM collects garbage at every load, which takes a second with its modules in it
 
     def sink_table(self, shapes: dict[str, list[int]], dtype: str) -> Any:
@@ -182,7 +190,7 @@ class _Receiver:
         from megatron_dapo.sync.vllm import sinks_pretend
         from support.receiving import Worker
 
-        config = sinks_pretend.engine_config(export, dtype="float32", tp=self._tp)
+        config = sinks_pretend.engine_config(export, **self._options)
         return Worker(config, self._digests)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dapo.sync import delta
-from megatron_dapo.sync.delta import DeltaError, DeltaReceiver, DeltaSender, decode, encode, fingerprint
+from megatron_dapo.sync.delta import DeltaError, DeltaSender, Trial, decode, encode, fingerprint, restore
 
 # Of bf16: NaNs with different bits, 0.0 and -0.0, infinity.
 SPECIAL = [0x7FC0, 0x7F81, -0x0001, 0x0000, -0x8000, 0x7F80]
@@ -170,57 +171,62 @@ def test_only_contiguous_bytes(wrong):
         encode(right, right[:6])
 
 
-def push(
-    sender: DeltaSender, receivers: dict[str, tuple[DeltaReceiver, torch.Tensor]], weights: torch.Tensor
-) -> dict[str, int]:
-    """Bytes sent to each of the receivers, which have these images."""
+def push(sender: DeltaSender, images: dict[int, torch.Tensor], weights: torch.Tensor) -> dict[int, int]:
+    """Bytes sent to each of the workers that have these images."""
     outgoing = sender.take(0, weights)
     sent = {}
-    for name, (receiver, image) in receivers.items():
-        body = outgoing.to(receiver.held(0)).clone()
-        receiver.take(0, body, outgoing.fingerprint, image)
+    for worker, image in images.items():
+        receive(image, body := sender.body(worker, 0, outgoing).clone(), outgoing.fingerprint)
         assert torch.equal(image, weights)
-        sent[name] = body.nbytes
+        sent[worker] = body.nbytes
     return sent
+
+
+def receive(image: torch.Tensor, body: torch.Tensor, expected: int) -> None:
+    """As a carrier does: whole bytes are written where they belong, a delta beside it."""
+    if body.nbytes == image.nbytes:
+        image.copy_(body)
+    restore(body, image, expected)
 
 
 def test_two_ends_over_updates():
     weights = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     sender = DeltaSender()
-    receivers = {name: (DeltaReceiver(), torch.zeros(20_000, dtype=torch.uint8)) for name in "ab"}
-    whole = {"a": 20_000, "b": 20_000}
-    assert push(sender, receivers, pack_bf16(weights)) == whole
-    assert push(sender, receivers, pack_bf16(weights)).keys() == whole.keys()
+    images = {worker: torch.zeros(20_000, dtype=torch.uint8) for worker in (1, 2)}
+    whole = {1: 20_000, 2: 20_000}
+    assert push(sender, images, pack_bf16(weights)) == whole
+    headers = 24 * math.ceil(10_000 / BLOCK)
+    assert push(sender, images, pack_bf16(weights)) == {1: headers, 2: headers}, "nothing has changed"
     weights = weights * 1.0002
-    sent = push(sender, receivers, pack_bf16(weights))
-    assert sent["a"] == sent["b"] < 0.5 * 20_000
-    # b misses a push, gets the next one whole and then deltas again
+    sent = push(sender, images, pack_bf16(weights))
+    assert sent[1] == sent[2] < 0.5 * 20_000
+    # worker 2 misses a push, gets the next one whole and then deltas again
     weights = weights * 1.0002
-    assert push(sender, {"a": receivers["a"]}, pack_bf16(weights))["a"] < 10_000
+    assert push(sender, {1: images[1]}, pack_bf16(weights))[1] < 10_000
     weights = weights * 1.0002
-    sent = push(sender, receivers, pack_bf16(weights))
-    assert sent["a"] < 10_000 and sent["b"] == 20_000
-    assert push(sender, receivers, pack_bf16(weights * 1.0002))["b"] < 10_000
+    sent = push(sender, images, pack_bf16(weights))
+    assert sent[1] < 10_000 and sent[2] == 20_000
+    assert push(sender, images, pack_bf16(weights * 1.0002))[2] < 10_000
     assert sender.num_bytes == 20_000
+    sender.forget([2])
+    sent = push(sender, images, pack_bf16(weights))
+    assert sent[1] < 10_000 and sent[2] == 20_000
 
 
-def test_after_an_error_the_next_push_is_whole():
+def test_a_result_that_was_not_sent_is_an_error():
     weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    sender, receiver, image = DeltaSender(), DeltaReceiver(), torch.zeros(2000, dtype=torch.uint8)
-    push(sender, {"a": (receiver, image)}, pack_bf16(weights))
-    assert receiver.held(0) != 0 and receiver.held(1) == 0
+    sender, image = DeltaSender(), torch.zeros(2000, dtype=torch.uint8)
+    push(sender, {1: image}, pack_bf16(weights))
     image[17] ^= 1  # the memory is not what was sent
     outgoing = sender.take(0, pack_bf16(weights * 1.0002))
+    body = sender.body(1, 0, outgoing)
+    assert body.nbytes < 2000
     with pytest.raises(DeltaError, match="fingerprint"):
-        receiver.take(0, outgoing.to(receiver.held(0)), outgoing.fingerprint, image)
-    assert receiver.held(0) == 0
-    assert outgoing.to(receiver.held(0)) is outgoing.whole
+        receive(image, body, outgoing.fingerprint)
     with pytest.raises(DeltaError, match="fingerprint"):
-        receiver.take(0, outgoing.whole.flip(0), outgoing.fingerprint, image)
-    receiver.take(0, outgoing.whole, outgoing.fingerprint, image)
+        receive(image, outgoing.whole.flip(0), outgoing.fingerprint)
+    receive(image, outgoing.whole, outgoing.fingerprint)
     assert torch.equal(image, pack_bf16(weights * 1.0002))
-    receiver.forget(0)
-    assert receiver.held(0) == 0
 
 
 def test_the_senders_memory_may_be_used_again():
@@ -228,3 +234,29 @@ def test_the_senders_memory_may_be_used_again():
     outgoing = sender.take(0, memory)
     memory.zero_()
     assert torch.equal(outgoing.whole, pack_bf16(torch.ones(100)))
+
+
+def test_deltas_that_take_longer_are_given_up():
+    one, two, trial = frozenset("a"), frozenset("ab"), Trial()
+    sends_whole, loses = [], []
+    for engines, seconds in ((one, 9.0), (one, 1.0), (two, 9.0), (two, 2.0), (two, 2.5), (two, 1.0)):
+        sends_whole.append(trial.sends_whole)
+        loses.append(trial.loses(engines, seconds))
+    assert sends_whole == [False, True, False, True, False, False]
+    assert loses == [False, False, False, False, True, False]
+    assert str(trial) == "2.50 s with deltas, 2.00 s without"
+
+
+def test_deltas_that_take_less_time_are_kept():
+    trial = Trial()
+    assert not any(trial.loses(frozenset("a"), seconds) for seconds in (9.0, 2.0, 1.9, 30.0, 30.0))
+
+
+def test_everything_on_demand():
+    weights = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    sender = DeltaSender()
+    for whole in (False, True, False):
+        outgoing = sender.take(0, pack_bf16(weights), whole=whole)
+        body = sender.body(1, 0, outgoing)
+    assert body.nbytes < 2000, "the image was kept when everything was sent"
+    assert sender.take(0, pack_bf16(weights), whole=True).delta is None

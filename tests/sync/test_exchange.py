@@ -7,12 +7,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.jobs_exchange import Case
+from support.exchanging import Case
 from support.ranks import run_ranks
 
 from megatron_dapo.layout import Layout
-from megatron_dapo.sync.exchange import SEND_BUFFERS
-from megatron_dapo.sync.plan import MESSAGES_PER_CHUNK
 
 ARRANGEMENTS = ("aaaa", "aabb", "abab")
 # model, layout, type of the engines, and with which arrangements no host holds the whole model
@@ -31,7 +29,10 @@ CASES = {
     for model, layout, dtype, _ in LAYOUTS
     for hosts in ARRANGEMENTS
 }
+ON_GPU = Case(model="dense", layout=Layout(tp=2, pp=2), hosts="aabb", dtype="bfloat16", on_gpu=True)
+CASES["as on GPUs"] = ON_GPU
 SENDS = [hosts in sending for *_, sending in LAYOUTS for hosts in ARRANGEMENTS]
+SENDS.append(True)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,43 @@ def test_an_engine_that_is_left_out_is_sent_nothing_and_catches_up(found):
     assert left_out["sent"] == [of_all, of_others, of_all] and of_others < of_all
 
 
-def test_two_chunks_of_a_worker_and_two_messages_are_all_the_memory(found):
+def test_deltas_are_short_and_lose_nothing(found):
+    plain = found["deltas"]["plain"]
+    assert plain["wrong"] == [] and plain["sent"][0] == plain["planned"]
+    assert max(plain["sent"][1:]) < 0.5 * plain["planned"]
+
+
+def test_an_engine_that_missed_a_delta_is_sent_everything(found):
+    left_out, plain = found["deltas"]["left out"], found["deltas"]["plain"]
+    assert left_out["wrong"] == []
+    first, second, third = left_out["sent"]
+    assert second < plain["sent"][1] < first
+    # all but the parcels in which nothing has changed meanwhile
+    assert third - plain["sent"][2] > 0.5 * left_out["whole to it"]
+
+
+def test_a_delta_that_meets_another_image_costs_its_engine_one_push(found):
+    damaged = found["deltas"]["damaged"]
+    [lost] = {tuple(of_rank.items()) for of_rank in damaged["lost"]}
+    assert {name for name, _ in lost} == {"tp1 on c", "tp2 on c"}, "every rank knows it"
+    assert all("rank 3 cannot apply a delta: a parcel of" in reason for _, reason in lost)
+    assert damaged["again"] == {} and damaged["wrong"] == []
+    assert damaged["sent"][2] > damaged["sent"][1]
+
+
+def test_deltas_that_do_not_pay_are_given_up(found):
+    given_up, planned = found["slow deltas"], found["deltas"]["plain"]["planned"]
+    assert given_up["wrong"] == []
+    first, second, third, fourth = given_up["sent"]
+    assert first == second == fourth == planned and third < 0.5 * planned
+    assert all(after < before for _, before, after, _ in given_up["memory"]), "the images are gone"
+
+
+def test_two_chunks_of_a_worker_and_what_is_sent_in_a_round_are_all_the_memory(found):
     for rank, memory in enumerate(found["memory"]):
-        chunks, messages = 2 * memory["chunk"], SEND_BUFFERS * memory["chunk"] // MESSAGES_PER_CHUNK
-        assert 0.9 * chunks < memory["extra"] <= chunks + messages, rank
+        chunks = 2 * memory["chunk"]
+        assert 0.9 * chunks < memory["extra"] <= chunks + memory["sent in a round"], rank
+        assert memory["sent in a round"] <= chunks, rank
         assert memory["grown"] < memory["extra"] + (1 << 20), rank
         assert memory["worker"] > 4 * (memory["extra"] + (1 << 20)), "a copy of all would be noticed"
 

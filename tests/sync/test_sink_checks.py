@@ -12,6 +12,7 @@ from megatron_dapo.sync.sink_checks import (
     naming_problems,
     place_of,
     problems,
+    scale_problems,
     source_problems,
 )
 from megatron_dapo.sync.sinks import Padding, Sink, SinkTable
@@ -199,3 +200,38 @@ def test_experts_lie_in_order_within_a_rank_and_over_the_ranks():
     assert "out of order" in problems([of(0, 0, 1, 2, 4, 3, 5), of(1, *range(6, 12))], shapes)[0]
     [crossed] = problems([of(0, *range(6, 12)), of(1, *range(6))], shapes)
     assert crossed.startswith(f"{w2}: the tp ranks take their parts out of order")
+
+
+SCALE, BLOCKS = "layers.3.self_attn.attn.k_scale", "layers.3.mlp.down_proj.weight_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape", "of_checkpoint", "fine"),
+    [
+        (SCALE, (), {BLOCKS: (1, 1)}, True),
+        (SCALE, (), {}, False),  # not of an engine in block FP8
+        (SCALE, (1,), {BLOCKS: (1, 1)}, False),
+        ("layers.3.self_attn.attn.sink_scale", (), {BLOCKS: (1, 1)}, False),
+        ("layers.3.self_attn.k_scale", (), {BLOCKS: (1, 1)}, False),
+    ],
+)
+def test_scalars_that_a_checkpoint_need_not_have(parameter, shape, of_checkpoint, fine):
+    of_engine = SinkTable((), {parameter: "float32"}, {parameter: shape})
+    found = [line for line in problems([of_engine], of_checkpoint) if "never written" in line]
+    expected = f"tp rank 0, pp rank 0: {parameter}: 1 of 1 elements are never written"
+    assert found == ([] if fine else [expected])
+
+
+def test_a_scalar_that_may_be_unset_is_checked_when_it_is_written():
+    sink = Sink(SCALE, DOWN, (), (), 0, ())
+    of_engine = SinkTable((sink, sink), {SCALE: "float32"}, {SCALE: ()})
+    again = f"{SCALE}: 1 elements are written again by {DOWN}"
+    assert any(line.endswith(again) for line in problems([of_engine], {BLOCKS: (1, 1)}))
+
+
+def test_block_fp8_is_only_copied():
+    norm = "model.norm.weight"
+    whole = SinkTable((), {}, {}, whole=(BLOCKS, DOWN, norm))
+    found = scale_problems(whole, {BLOCKS: (1, 1), DOWN: (4, 6), norm: (4,)})
+    assert [line.partition(" is in block FP8")[0] for line in found] == [BLOCKS, DOWN]
+    assert scale_problems(whole, {norm: (4,)}) == [found[0]]

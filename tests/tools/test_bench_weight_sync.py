@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.ranks import run_ranks
 
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import read_model
@@ -176,14 +177,37 @@ def test_a_worker_that_is_sent_all_tensors_whole(modules):
 def test_real_pushes(bench, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     options = ["--trainer", "tp2", "--engine", "tp1", "--pushes", "2", "sync.chunk_bytes=1000000"]
-    options += ["--baseline", "full-gather", "--baseline", "safetensors-reload"]
-    report = bench("weight-sync", "--config", "tiny", *options)
+    options += ["--baseline", "full-gather", "--baseline", "shm-whole", "--baseline", "safetensors-reload"]
+    report = bench("weight-sync", "--config", "tiny", "--delta", *options)
     size = report["model_bytes"]
     assert report["bytes_received_per_worker"] == report["lower_bound_bytes"] == [size]
     assert report["ratio_bytes"] == 1.0
     assert 0 < report["repack_seconds"] < report["seconds"] and report["memcpy_gbps"] > 0
     assert 0.5 * 2e6 < report["peak_extra_bytes_sender"] <= 2.1e6  # two chunks
-    full, reload = report["baseline"]["full-gather"], report["baseline"]["safetensors-reload"]
-    assert full["bytes_received_per_worker"] == [size] and 0 < full["repack_seconds"] < full["seconds"]
+    full, whole, reload = (
+        report["baseline"][name] for name in ("full-gather", "shm-whole", "safetensors-reload")
+    )
+    for way in (full, whole):
+        assert way["bytes_received_per_worker"] == [size] and 0 < way["repack_seconds"] < way["seconds"]
     assert size < reload["bytes_received_per_worker"][0] < 1.1 * size  # and the files' headers
     assert 0 < reload["repack_seconds"] < reload["seconds"]
+    delta = report["delta"]
+    # the second rank has half of the model, but for what both hold
+    assert 0.4 * size < delta["bytes_between_hosts_without"] < 0.5 * size
+    assert 0 < delta["bytes_between_hosts"] < 0.1 * delta["bytes_between_hosts_without"]
+    assert delta["seconds"] > 0 and delta["seconds_without"] > 0
+
+
+def test_bytes_of_deltas_are_of_the_pushes_after_the_first(modules):
+    ways = {"without": 4 * 1000, "with": 1000 + 3 * 70}
+    measured = {"delta": {way: {"pushes": MEASURED["pushes"], "sent_bytes": n} for way, n in ways.items()}}
+    assert modules.weight_sync.report(MEASURED | measured, 1000)["delta"] == {
+        "seconds": 3.0,
+        "seconds_without": 3.0,
+        "bytes_between_hosts": 70,
+        "bytes_between_hosts_without": 1000,
+    }
+
+
+def test_the_gather_makes_tensors_whole(modules, bench):
+    assert run_ranks("support.jobs_gather:compare", 4) == [[]] * 4

@@ -84,6 +84,18 @@ def test_the_flagship_with_the_tables_of_vllm(real_tool, capsys, arguments, chec
     check(json.loads(capsys.readouterr().out))
 
 
+@pytest.mark.slow
+def test_the_flagship_with_engines_in_block_fp8(real_tool, capsys):
+    assert real_tool.main([*COLOCATED, "rollout.quantization=fp8_block"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    # a quarter of embedding, head and biases, and all norms
+    kept = (2 * 152064 * 5120 + 64 * (5120 + 2 * 1024)) // 4 + (2 * 64 + 1) * 5120
+    in_fp8 = SHARD_BYTES // 2 - kept
+    shard_bytes = 2 * kept + in_fp8 + in_fp8 // 128**2 * 4
+    assert result["received_by_worker"]["each"] == [shard_bytes] * 128 and result["ratio_bytes"] == 1.0
+    assert shard_bytes / SHARD_BYTES == pytest.approx(0.524, abs=0.001)
+
+
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_planned_without_model_files(
     tool, capsys, monkeypatch, tmp_path, config
@@ -122,6 +134,7 @@ def test_overrides_bandwidths_and_chunks(tool, capsys):
     assert result["bandwidths"]["between_hosts"] == 2e9 and result["chunk_bytes"] == 1_000_000
     assert result["rounds"] >= result["shard_by_worker"]["max"] / 1_000_000
     assert result["planning_seconds"].keys() == {"sink_tables", "plan"}
+    assert result["manifest_bytes"]["later_pushes"] < 0.5 * result["manifest_bytes"]["first_push"]
 
 
 def test_a_model_that_nothing_is_known_of(tool, capsys):

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "rollout.max_tokens=1",
     ]
     config = RunConfig.load(None, settings + options.overrides)
-    policy, chance = _one_rank_policy(config), random.Random(0)
+    policy, chance = one_rank_policy(config), random.Random(0)
     packed = pack(
         [make_sample(length, chance) for length in lengths],
         dp=1,
@@ -97,7 +97,7 @@ def _times(policy: Any, batches: dict[str, Batch], repeats: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _one_rank_policy(config: RunConfig) -> Any:
+def one_rank_policy(config: RunConfig) -> Any:
     from megatron_dapo.objectives import make_objective
     from megatron_dapo.policy import session as session_file
     from megatron_dapo.policy.backend import CPU

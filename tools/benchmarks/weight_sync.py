@@ -53,7 +53,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.pushes < 2:
         raise SystemExit(f"error: --pushes {options.pushes} must be at least 2: the first is not measured")
-    baselines = list(dict.fromkeys(options.baseline))
+    baselines = [*dict.fromkeys(options.baseline), *(["delta"] if options.delta else [])]
     with tempfile.TemporaryDirectory(prefix="megatron_dapo_bench_") as scratch:
         folder = Path(scratch)
         if options.model is None:
@@ -149,7 +149,21 @@ def report(measured: Mapping[str, Any], model_bytes: int) -> dict[str, Any]:
         "baseline_over_ours": {
             name: round(of_other["seconds"] / ours["seconds"], 3) for name, of_other in baseline.items()
         },
+        **({"delta": _delta(measured["delta"])} if "delta" in measured else {}),
         "cores": os.cpu_count(),
+    }
+
+
+def _delta(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes between hosts are of the pushes after the first, which sends everything either way."""
+    sent = {way: of_way["sent_bytes"] for way, of_way in measured.items()}
+    count = len(measured["with"]["pushes"])
+    whole = sent["without"] / count
+    return {
+        "seconds": _summary(measured["with"]["pushes"])["seconds"],
+        "seconds_without": _summary(measured["without"]["pushes"])["seconds"],
+        "bytes_between_hosts": round((sent["with"] - whole) / (count - 1)),
+        "bytes_between_hosts_without": round(whole),
     }
 
 

@@ -17,15 +17,18 @@ from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
 import torch.distributed as dist
 
 from benchmarks.weight_sync_engine import OneServer, started
+from benchmarks.weight_sync_gather import gathering
 from benchmarks.weight_sync_tables import shard_bytes
 from megatron_dapo.config import RunConfig
 from megatron_dapo.model_spec import ModelSpec, read_model
+from megatron_dapo.sync.delta import Trial
 from megatron_dapo.sync.export import export
 from megatron_dapo.sync.publish import Publisher, Shapes, make_publisher
 from megatron_dapo.sync.sources import Held, Holdings, holdings
@@ -35,7 +38,9 @@ from megatron_dapo.weights.names import hf_shapes
 from megatron_dapo.weights.slices import Shard, Slice
 
 MEMCPY_BYTES = 1 << 30  # of a buffer, at most
-FULL_GATHER, RELOAD = "full-gather", "safetensors-reload"
+FULL_GATHER, WHOLE, RELOAD = "full-gather", "shm-whole", "safetensors-reload"
+DELTA = "delta"
+CHANGED = 0.01  # of the elements, in a push of few changes
 
 
 class Weights:
@@ -44,6 +49,7 @@ class Weights:
     """
 
     def __init__(self, places: Holdings, shapes: Shapes, rank: int, dtype: torch.dtype) -> None:
+        self._chance = torch.Generator().manual_seed(0)
         self.held: list[Shard] = []
         self.contributed: list[Shard] = []
         for name, parts in places.items():
@@ -54,10 +60,14 @@ class Weights:
                     if rank == part.ranks[0]:
                         self.contributed.append(shard)
 
-    def change(self) -> None:
-        """Every value becomes another one."""
+    def change(self, share: float = 1.0) -> None:
+        """Every value becomes another one; or about this share of them, in their last bit."""
         for shard in self.held:
-            shard.tensor.neg_()
+            if share == 1.0:
+                shard.tensor.neg_()
+            else:
+                bits = shard.tensor.view(-1).view(torch.int16)
+                bits[torch.randint(len(bits), (round(share * len(bits)),), generator=self._chance)] ^= 1
 
 
 def make_shard(name: str, shape: tuple[int, ...], part: Held, dtype: torch.dtype) -> Shard:
@@ -75,6 +85,7 @@ class Measurement:
 
     def __init__(self, weights: Weights, server: OneServer | None, control: Any) -> None:
         self._weights, self.server, self.control = weights, server, control
+        self.share = 1.0  # of the values that change between pushes
 
     def pushes(self, publisher: Publisher, count: int) -> list[dict[str, Any]]:
         """With new values each; {} on other ranks than 0. Collective, like everything here."""
@@ -101,7 +112,7 @@ class Measurement:
         return [self._measure(push) for _ in range(count)]
 
     def _measure(self, push: Callable[[], Any]) -> dict[str, Any]:
-        self._weights.change()
+        self._weights.change(self.share)
         if self.server:
             self.server.client.received.clear()
             self.server.on_workers("benchmark_begin")
@@ -150,17 +161,47 @@ def measure_all(
     dist.all_gather_object(kept, publisher._transport.extra_bytes, group=control)
     publisher._transport.set_workers([])  # gives its memory back
     measured = {"pushes": pushes, "peak_extra_bytes_sender": max(kept), "baselines": {}}
+    if DELTA in baselines:
+        measured["delta"] = measure_delta(measurement, config, spec, count)
     if server:
         measured["lower_bound_bytes"] = [shard_bytes(table) for table in server.client.tables]
         measured["memcpy_gbps"] = memcpy_gbps(sum(pushes[-1]["received"]))
         server.on_workers("benchmark_vllm_loads")
-    if FULL_GATHER in baselines:
-        publisher = make_publisher(config, spec, dist.get_rank(), hosts, control)
-        measured["baselines"][FULL_GATHER] = measurement.pushes(publisher, count)
-        publisher._transport.set_workers([])
+    for name in (FULL_GATHER, WHOLE):
+        if name in baselines:
+            publisher = make_publisher(config, spec, dist.get_rank(), hosts, control)
+            if name == FULL_GATHER:
+                places = holdings(spec, config.layout.to_layout())
+                publisher = gathering(publisher, places, hf_shapes(spec))
+            measured["baselines"][name] = measurement.pushes(publisher, count)
+            publisher._transport.set_workers([])
     if RELOAD in baselines:
         measured["baselines"][RELOAD] = measurement.reloads(config, spec, count)
     return measured
+
+
+def measure_delta(
+    measurement: Measurement, config: RunConfig, spec: ModelSpec, count: int
+) -> dict[str, dict[str, Any]]:
+    """Pushes of few changes with and without sync.delta, where all ranks but the first are taken to be on
+    another host than the server.
+    """
+    ranks = dist.get_world_size()
+    hosts, found = [socket.gethostname(), *(["elsewhere"] * (ranks - 1))], {}
+    measurement.share = CHANGED
+    for delta in (False, True):
+        sync = config.sync.model_copy(update={"delta": delta})
+        changed = config.model_copy(update={"sync": sync})
+        publisher = make_publisher(changed, spec, dist.get_rank(), hosts, measurement.control)
+        with mock.patch.object(Trial, "loses", return_value=False):  # deltas, whether they pay or not
+            pushes = measurement.pushes(publisher, count)
+        staging: Any = publisher._transport
+        sent: list[Any] = [None] * ranks
+        dist.all_gather_object(sent, staging._staging.sent_bytes, group=measurement.control)
+        publisher._transport.set_workers([])
+        found["with" if delta else "without"] = {"pushes": pushes, "sent_bytes": sum(sent)}
+    measurement.share = 1.0
+    return found
 
 
 def memcpy_gbps(num_bytes: int) -> float:

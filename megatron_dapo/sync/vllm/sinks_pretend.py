@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import fp8
 from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel, _RegisteredModel
 
 from megatron_dapo.sync.sinks import SinkTable
@@ -35,8 +36,11 @@ def engine_config(
     pp: int = 1,
     expert_parallel: bool = False,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    quantization: dict[str, Any] | None = None,
 ) -> VllmConfig:
-    """The configuration of an engine for the model whose config.json lies in `folder`; nothing else need."""
+    """The configuration of an engine for the model whose config.json lies in `folder`; nothing else need.
+    quantization: in place of what config.json has as quantization_config.
+    """
     for name in json.loads((folder / "config.json").read_text())["architectures"]:
         model = ModelRegistry.models.get(name)
         if isinstance(model, _LazyRegisteredModel):  # vLLM would import it in another process, in 20 s
@@ -47,6 +51,7 @@ def engine_config(
         pipeline_parallel_size=pp,
         enable_expert_parallel=expert_parallel,
         dtype=dtype,
+        hf_overrides={"quantization_config": quantization} if quantization else {},
         skip_tokenizer_init=True,
         enforce_eager=True,
     ).create_engine_config()
@@ -56,7 +61,7 @@ def tables_without_engine(vllm_config: VllmConfig, tensors: TensorFacts) -> list
     """The tables of all workers of such an engine by rank, for a checkpoint of these tensors."""
     tables = []
     for rank in range(vllm_config.parallel_config.world_size):
-        with pretend(vllm_config, rank):
+        with pretend(vllm_config, rank), without_fp8_kernels():
             tables.append(record_sinks(build_twin(vllm_config), tensors, ranks(vllm_config)))
     return tables
 
@@ -83,6 +88,16 @@ def pretend(vllm_config: VllmConfig, rank: int) -> Iterator[None]:
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()
         sys.excepthook = hook  # init_process_group has put the rank before every traceback
+
+
+@contextlib.contextmanager
+def without_fp8_kernels() -> Iterator[None]:
+    """vLLM builds layers in FP8 without kernels: this machine may have none, and a table needs none."""
+    with (
+        mock.patch.object(fp8, "init_fp8_linear_kernel"),
+        mock.patch.object(fp8, "select_fp8_moe_backend", return_value=(None, None)),
+    ):
+        yield
 
 
 class QuietGroup(parallel_state.GroupCoordinator):
