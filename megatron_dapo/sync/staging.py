@@ -131,14 +131,16 @@ class Staging:
         bodies = self._bodies(far, weights)
         incoming = self._incoming(number, far, bodies)
         under_way = self._send_and_receive(number, far, bodies, incoming)
-        packed = [(far[tag], body.whole) for tag, body in bodies.items()]
-        for message in messages:
-            if message.source == self._rank and not self.plan.goes_far(message):
-                packed.append((message, self._target(number, message)))
-                pack(message.parcel, weights, packed[-1][1])
-        checksums: dict[int, list[Checksum]] = {}
-        for message, whole in packed if verify else ():
-            checksums.setdefault(message.worker, []).append(checksum(message.parcel, whole))
+        mine = [message for message in messages if message.source == self._rank]
+        packed = {id(far[tag].parcel): body.whole for tag, body in bodies.items()}
+        for message in mine:
+            if not self.plan.goes_far(message):
+                target = self._target(number, message)
+                if (known := packed.setdefault(id(message.parcel), target)) is target:
+                    pack(message.parcel, weights, target)
+                else:
+                    target.copy_(known)
+        checksums = _checksums(mine, packed) if verify else {}
         for work in (*under_way, *self._links.finish(self._hosts_of(workers))):
             work.wait()
         for tag, body in incoming.items() if self._delta else ():
@@ -337,6 +339,18 @@ class Staging:
                     f"{failure}; ranks and engines of a host need the same user and the same /proc"
                 )
         return [result for result, _ in found]
+
+
+def _checksums(messages: Sequence[Message], packed: Mapping[int, torch.Tensor]) -> dict[int, list[Checksum]]:
+    """By worker. A parcel, which `packed` has by its identity, is read once for all its messages."""
+    sums: dict[int, Checksum] = {}
+    found: dict[int, list[Checksum]] = {}
+    for message in messages:
+        parcel = message.parcel
+        if id(parcel) not in sums:
+            sums[id(parcel)] = checksum(parcel, packed[id(parcel)])
+        found.setdefault(message.worker, []).append(sums[id(parcel)])
+    return found
 
 
 class _Places:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
+from megatron_dapo.sync import staging
 from megatron_dapo.sync import staging_memory as memory_file
 from megatron_dapo.sync.delta import Trial
 from megatron_dapo.sync.plan import Worker, make_plan
@@ -50,6 +51,7 @@ def run(cases: Mapping[str, Case]) -> dict[str, Any]:
     return {
         "cases": {name: three_pushes(case) for name, case in cases.items()},
         "left out": leave_an_engine_out(),
+        "reads": reads_of_a_push(),
         "deltas": without_trial(deltas),
         "slow deltas": deltas_that_take_longer(),
         "memory": memory_of_a_push(),
@@ -115,6 +117,29 @@ def deltas_that_take_longer() -> dict[str, Any]:
             memory.append(pushes.exchange.extra_bytes)
     pushes.exchange.set_workers([])
     return {"wrong": pushes.wrong, "sent": sent_by_all(pushes), "memory": on_all_ranks(memory)}
+
+
+def reads_of_a_push() -> list[dict[str, int]]:
+    """By rank: the parcels that it sends, in how many messages, and how often they are packed and summed."""
+    case = Case(model="dense", layout=Layout(tp=2, pp=2), hosts="aabc")
+    pushes, plan = Pushes(case), plan_of(case)
+    mine = [message for message in plan.messages if message.source == dist.get_rank()]
+    with (
+        mock.patch.object(staging, "pack", wraps=staging.pack) as packs,
+        mock.patch.object(staging, "checksum", wraps=staging.checksum) as sums,
+    ):
+        pushes.push(1, verify=True)
+    pushes.exchange.set_workers([])
+    parcels = len({id(message.parcel) for message in mine})
+    return on_all_ranks(
+        {
+            "parcels": parcels,
+            "messages": len(mine),
+            "packed": packs.call_count,
+            "summed": sums.call_count,
+            "wrong": len(pushes.wrong),
+        }
+    )
 
 
 def sent_by_all(pushes: Pushes) -> list[int]:

@@ -56,6 +56,12 @@ def test_an_engine_that_is_left_out_is_sent_nothing_and_catches_up(found):
     assert left_out["sent"] == [of_all, of_others, of_all] and of_others < of_all
 
 
+def test_what_goes_to_several_workers_is_packed_and_summed_once(found):
+    for of_rank in found["reads"]:
+        assert of_rank["packed"] == of_rank["summed"] == of_rank["parcels"] < of_rank["messages"]
+        assert of_rank["wrong"] == 0
+
+
 def test_deltas_are_short_and_lose_nothing(found):
     plain = found["deltas"]["plain"]
     assert plain["wrong"] == [] and plain["sent"][0] == plain["planned"]

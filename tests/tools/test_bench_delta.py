@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
 
 
 def test_shares_by_hand(bench):
@@ -29,7 +23,7 @@ def test_shares_by_hand(bench):
 
 
 @pytest.mark.slow
-def test_updates_of_a_tiny_model(tiny_model, tmp_path):
+def test_updates_of_a_tiny_model(bench_process, tiny_model, tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"prompt": f"{i} + {i} is {2 * i}\u2028"}) + "\n" for i in range(400))
@@ -46,15 +40,7 @@ def test_updates_of_a_tiny_model(tiny_model, tmp_path):
         "--tokens",
         "256",
     ]
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "delta", *map(str, arguments), "optimizer.lr=1e-5"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(TOOL.parents[1])},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = bench_process("delta", *arguments, "optimizer.lr=1e-5")
     assert found["lr"] == 1e-5 and found["elements"] > 100_000
     assert len(found["changed"]) == len(found["bytes_over_full"]) == 2
     assert all(0 < share < 0.2 for share in (*found["changed"], *found["bytes_over_full"]))

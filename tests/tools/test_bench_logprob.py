@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
 MIB = 1 << 20
 
 
-def test_memory_and_gradients():
+def test_memory_and_gradients(bench_process):
     sizes = ["--tokens", "2048", "--vocab", "30000", "--hidden", "8", "--repeats", "1"]  # logits of 234 MiB
-    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "logprob", *sizes], capture_output=True, text=True, timeout=200, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = bench_process("logprob", *sizes)
     assert found.keys() == {
         "peak_extra_bytes",
         "plain_peak_extra_bytes",

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.one_rank import one_rank_policy
 from benchmarks.padding import make_sample
-from benchmarks.train_step import one_rank_policy
 from megatron_dapo import checkpoint
 from megatron_dapo.batching.packing import pack
 from megatron_dapo.checkpoint_writer import CheckpointWriter
-from megatron_dapo.config import RunConfig
 from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.types import Batch
 
@@ -26,15 +25,7 @@ WARMUP = 3  # from the third save on Megatron's plan is kept
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    settings = [
-        f"model.path={options.model}",
-        "model.dtype=fp32",
-        "run.device=cpu",
-        f"batch.max_tokens={options.tokens}",
-        "data.max_prompt_tokens=1",
-        "rollout.max_tokens=1",
-    ]
-    policy = one_rank_policy(RunConfig.load(None, settings + options.overrides))
+    policy = one_rank_policy(options.model, options.tokens, options.overrides)
     batch = _batch(options.tokens)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         return _measure(policy, batch, Path(name), options.saves)

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron_dapo import preflight
+from benchmarks.one_rank import one_rank_policy
 from megatron_dapo.batching.packing import pack
-from megatron_dapo.config import RunConfig
 from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.sync.delta import DeltaSender, restore
 from megatron_dapo.types import Batch, Sample
@@ -26,16 +24,7 @@ SAMPLE_TOKENS = 128
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    settings = [
-        f"model.path={options.model}",
-        "model.dtype=fp32",
-        "run.device=cpu",
-        f"batch.max_tokens={SAMPLE_TOKENS * 4}",
-        "data.max_prompt_tokens=1",
-        "rollout.max_tokens=1",
-    ]
-    config = RunConfig.load(None, settings + options.overrides)
-    policy = one_rank_policy(config)
+    policy = one_rank_policy(options.model, SAMPLE_TOKENS * 4, options.overrides)
     batches = updates(tokens_of(options.model, options.texts), options.tokens)
     for _ in range(options.warmup):
         policy.update(next(batches), 0)
@@ -47,7 +36,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         measured.append(ends.push(bits(policy)))
     median = {key: statistics.median(push[key] for push in measured) for key in measured[0]}
     return {
-        "lr": config.optimizer.lr,
+        "lr": policy.config.optimizer.lr,
         "elements": bits(policy).numel() // 2,
         "changed": [round(push["changed"], 5) for push in measured],
         "bytes_over_full": [round(push["bytes_over_full"], 5) for push in measured],
@@ -150,15 +139,3 @@ def tokens_of(model: Path, texts: Path) -> torch.Tensor:
         prompts = [json.loads(line)["prompt"] for line in lines]
     rows = tokenizer(prompts)["input_ids"]
     return torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
-
-
-def one_rank_policy(config: RunConfig) -> Any:
-    from megatron_dapo.objectives import make_objective
-    from megatron_dapo.policy import session as session_file
-    from megatron_dapo.policy.backend import CPU
-    from megatron_dapo.policy.step import Policy
-
-    preflight.check_training(config)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    session = session_file.start(config.layout.to_layout(), CPU)
-    return Policy(config, session, make_objective(config.objective, max_age=config.sampling.max_age))

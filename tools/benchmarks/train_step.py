@@ -10,13 +10,11 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from benchmarks.one_rank import one_rank_policy
 from benchmarks.padding import make_sample, padded_batch
 from benchmarks.resources import memory, product_ceiling, reset_peak
-from megatron_dapo import preflight
 from megatron_dapo.batching.packing import pack
-from megatron_dapo.config import RunConfig
 from megatron_dapo.layout import round_up
 from megatron_dapo.objectives.base import trained_tokens
 from megatron_dapo.policy.fp8_rules import token_multiple
@@ -25,16 +23,8 @@ from megatron_dapo.types import Batch
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     lengths = _taken(json.loads(options.lengths.read_text()), options.tokens)
-    settings = [
-        f"model.path={options.model}",
-        "model.dtype=fp32",
-        "run.device=cpu",
-        f"batch.max_tokens={options.budget}",
-        "data.max_prompt_tokens=1",
-        "rollout.max_tokens=1",
-    ]
-    config = RunConfig.load(None, settings + options.overrides)
-    policy, chance = one_rank_policy(config), random.Random(0)
+    policy = one_rank_policy(options.model, options.budget, options.overrides)
+    config, chance = policy.config, random.Random(0)
     packed = pack(
         [make_sample(length, chance) for length in lengths],
         dp=1,
@@ -95,15 +85,3 @@ def _times(policy: Any, batches: dict[str, Batch], repeats: int) -> dict[str, fl
             if repeat > 0:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def one_rank_policy(config: RunConfig) -> Any:
-    from megatron_dapo.objectives import make_objective
-    from megatron_dapo.policy import session as session_file
-    from megatron_dapo.policy.backend import CPU
-    from megatron_dapo.policy.step import Policy
-
-    preflight.check_training(config)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    session = session_file.start(config.layout.to_layout(), CPU)
-    return Policy(config, session, make_objective(config.objective, max_age=config.sampling.max_age))
