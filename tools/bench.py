@@ -27,14 +27,15 @@ and aged_over_strict of time/step. An aged run samples while it trains, so its t
 collecting.
 
 `step --lengths geometric`: the same model with 160 tokens of vocabulary, of which one ends the response: each
-token is the last with a chance of about 1/170, up to 512. `padded` is a step without continuous batching and
-without packing, of the same engine and policy on responses of the same lengths: generation in fixed batches
-of rollout.max_concurrency sequences in which every sequence goes on to the end of the longest (as with padded
-tensors), then an update on the run's ranks in micro-batches of batch.max_tokens tokens, samples in their
-order, padded to the longest of each; the push of weights is the run's own. padded_over_step compares the two;
-update_alone is the packed update where the padded one was measured, beside no engine. `products` bounds a
-step from below: 2 (rollout) and 6 (update) x parameters x tokens of prompts and responses, over the
-operations a second of a large product on this machine; what rollout and update take beyond it is left.
+token is the last with a chance of about 1/170, up to 512; two vLLM servers. `padded` is a step without
+continuous batching and without packing, of the same engines and policy on responses of the same lengths:
+generation in fixed batches of rollout.max_concurrency sequences an engine in which every sequence goes on to
+the end of the longest (as with padded tensors), then an update on the run's ranks in micro-batches of
+batch.max_tokens tokens, samples in their order, padded to the longest of each; the push of weights is the
+run's own. padded_over_step compares the two; update_alone is the packed update where the padded one was
+measured, beside no engine. `products` bounds a step from below: 2 (rollout) and 6 (update) x parameters x
+tokens of prompts and responses, over the operations a second of a large product on this machine; what rollout
+and update take beyond it is left.
 
 `rollout`: what tokens cost the controller and the engines, each figure beside its budget at the flagship's
 size. wire: one real server of a one-layer model and long responses, all at once, over our own route and over

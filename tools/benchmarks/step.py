@@ -68,6 +68,7 @@ def geometric(folder: Path, steps: int, overrides: Sequence[str]) -> dict[str, A
     settings = {
         "run.max_steps": steps + WARM_UP,
         "rollout.max_tokens": GEOMETRIC_CAP,
+        "rollout.engines": 2,
         "report.rollouts": "true",
     }
     config = run_config(folder, model="model", name="run", settings=settings, overrides=overrides)
@@ -107,29 +108,44 @@ def geometric(folder: Path, steps: int, overrides: Sequence[str]) -> dict[str, A
 
 
 async def _generate_padded(config: RunConfig, groups: Sequence[Group]) -> dict[str, float]:
-    """Seconds and tokens of generation in fixed batches of rollout.max_concurrency sequences: every sequence
-    of a batch goes on until the longest has ended, and the next batch waits for it.
+    """Seconds and tokens of generation in fixed batches of rollout.max_concurrency sequences an engine: every
+    sequence of a batch goes on until the longest has ended, and the next batch waits for it.
 
     The model of `config` has no end of sequence, so a request for N tokens gives N.
     """
-    server = make_server(config, 0, Path(config.model.path or ""), "padded", digests="", load_format="auto")
-    server.start()
+    model = Path(config.model.path or "")
+    numbers = range(config.rollout.engines)
+    servers = [make_server(config, n, model, "padded", digests="", load_format="auto") for n in numbers]
+    clients: list[EngineClient] = []
     try:
-        await server.wait_healthy(config.rollout.start_timeout_s)
-        client = EngineClient(server.url, "padded", progress_timeout_s=config.rollout.progress_timeout_s)
-        try:
-            await _generate(client, groups[:1], 8)
-            size = max(1, config.rollout.max_concurrency // config.sampling.samples_per_prompt)
-            began, tokens = time.perf_counter(), 0
-            for start in range(0, len(groups), size):
-                batch = groups[start : start + size]
-                longest = max(len(completion.tokens) for group in batch for completion in group.completions)
-                tokens += await _generate(client, batch, longest)
-            return {"seconds": time.perf_counter() - began, "tokens": tokens}
-        finally:
-            await client.close()
+        for server in servers:
+            server.start()
+        for server in servers:
+            await server.wait_healthy(config.rollout.start_timeout_s)
+            clients.append(
+                EngineClient(server.url, "padded", progress_timeout_s=config.rollout.progress_timeout_s)
+            )
+        await asyncio.gather(*(_generate(client, groups[:1], 8) for client in clients))
+        an_engine = max(1, config.rollout.max_concurrency // config.sampling.samples_per_prompt)
+        size = an_engine * len(clients)
+        began, tokens = time.perf_counter(), 0
+        for start in range(0, len(groups), size):
+            batch = groups[start : start + size]
+            longest = max(len(completion.tokens) for group in batch for completion in group.completions)
+            tokens += sum(
+                await asyncio.gather(
+                    *(
+                        _generate(client, batch[n :: len(clients)], longest)
+                        for n, client in enumerate(clients)
+                    )
+                )
+            )
+        return {"seconds": time.perf_counter() - began, "tokens": tokens}
     finally:
-        server.stop()
+        for client in clients:
+            await client.close()
+        for server in servers:
+            server.stop()
 
 
 async def _generate(client: EngineClient, groups: Sequence[Group], tokens: int) -> int:
