@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.rendezvous import address_towards
-from megatron_dapo.rollout.hosts import SILENT_S, run_engines
+from megatron_dapo.rollout.hosts import run_engines
 from megatron_dapo.rollout.serving import LOOK_S, Membership, open_to
 from megatron_dapo.sync.host_carrier import HostCarrier
 from megatron_dapo.weights.hf import resolve_folder
@@ -71,12 +71,12 @@ def serve(config: RunConfig, address: tuple[str, int], leaving: threading.Event)
             return 0
     if store is None:
         return 0
-    member = Membership(store.clone(), socket.gethostname(), config.rollout.engines)
+    member = Membership(store.clone(), socket.gethostname(), config.rollout.engines, address[0])
     own = address_towards(address[0])
     carrier = HostCarrier(store.clone(), member.name, own)
     engines = run_engines(config, folder, store.clone(), member.name, member.engines, own)
     carrier.start()
-    with closing(engines), closing(carrier):
+    with closing(member), closing(engines), closing(carrier):
         member.join()
         numbers = f"{member.engines.start} to {member.engines.stop - 1}"
         print(f"{member.name} has joined with engines {numbers}", flush=True)
@@ -103,8 +103,8 @@ def _stay(member: Membership, leaving: threading.Event) -> int:
     # in a thread, because the store of a host that has lost its power never answers
     threading.Thread(target=watch, name="run", daemon=True).start()
     while not outcome:
-        if member.is_forsaken():
-            print(f"error: the run has given no sign of life for {SILENT_S:g} s", file=sys.stderr, flush=True)
+        if member.lost:
+            print(f"error: {member.lost}", file=sys.stderr, flush=True)
             os._exit(1)  # threads may wait for its store; the engines die with this process
         time.sleep(LOOK_S / 5)
     if outcome == ["gone"]:

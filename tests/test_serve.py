@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -28,19 +28,32 @@ KEY = "megatron_dapo/serving"
 # Servers that only sleep, and quick clocks.
 SERVE = """
 import sys
-from megatron_dapo.rollout import hosts, serving
-from megatron_dapo.rollout.server import EngineServer
 from megatron_dapo import serve
+from megatron_dapo.lifeline import Clocks
+from megatron_dapo.rollout import serving
+from megatron_dapo.rollout.server import EngineServer
 EngineServer.arguments = lambda self, port: ["-c", "import time; print('up', flush=True); time.sleep(600)"]
-serving.SILENT_S = serve.SILENT_S = 3.0
+serving.CLOCKS = Clocks(beat_s=0.3)
 serve.LOOK_S = 0.1
 if __name__ == "__main__":
     sys.exit(serve.main())
 """
 
 
+LIFELINE = """
+import time
+from megatron_dapo.lifeline import Clocks, Lifeline
+lifeline = Lifeline.serve("token", (), print, address="127.0.0.1", clocks=Clocks(beat_s=0.3))
+print(lifeline.port, flush=True)
+while not any(peer.name for peer in lifeline._peers):
+    time.sleep(0.05)
+print("joined", flush=True)
+time.sleep(600)
+"""
+
+
 class RankZero:
-    """The store of a run, and rank 0's signs of life."""
+    """The store of a run, and rank 0's end of the lifeline."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.store = dist.TCPStore(
@@ -55,22 +68,20 @@ class RankZero:
         (tmp_path / "config.json").write_text("{}")
         self.config = RunConfig.make(values)
         self.file.write_text(self.config.dump())
-        self._stopped = threading.Event()
-        threading.Thread(target=self._beat, daemon=True).start()
         self.processes: list[subprocess.Popen[str]] = []
 
     def open(self) -> None:
         run = {"first": 4, "settings": settings(self.config)}
         self.store.set(f"{KEY}/run", json.dumps(run))
 
-    def fall_silent(self) -> None:
-        self._stopped.set()
-
-    def _beat(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            store = self.store.clone()
-            while not self._stopped.wait(0.2):
-                store.add(f"{KEY}/alive", 1)
+    def give_lifeline(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", LIFELINE]
+        self.processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        stdout = self.processes[-1].stdout
+        assert stdout
+        said = {"port": int(stdout.readline()), "token": "token"}
+        self.store.set(f"{KEY}/lifeline", json.dumps(said))
+        return self.processes[-1]
 
     def serve(self, *overrides: str, port: int = 0) -> subprocess.Popen[str]:
         address = f"127.0.0.1:{port or self.store.port}"
@@ -95,7 +106,6 @@ class RankZero:
 def rank_0(tmp_path) -> Iterator[RankZero]:
     rank_0 = RankZero(tmp_path)
     yield rank_0
-    rank_0.fall_silent()
     for process in rank_0.processes:
         process.kill()
         process.communicate()
@@ -173,9 +183,11 @@ def test_the_end_of_the_run_is_the_end_of_its_hosts(rank_0):
 
 def test_a_run_that_falls_silent_ends_its_hosts(rank_0):
     process, engine = serve_an_engine(rank_0)
-    rank_0.fall_silent()
+    lifeline = rank_0.give_lifeline()
+    assert lifeline.stdout and lifeline.stdout.readline() == "joined\n"
+    lifeline.send_signal(signal.SIGSTOP)
     _, error = process.communicate(timeout=30)
-    assert process.returncode == 1 and "has given no sign of life for 3 s" in error
+    assert process.returncode == 1 and re.search("rank 0 on .* has given no sign of life for 1.5 s", error)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{engine}").exists():
         assert time.monotonic() < deadline

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
+from megatron_dapo.lifeline import Clocks
 from megatron_dapo.rendezvous import Store, address_towards
 from megatron_dapo.rollout.replica import Server
 from megatron_dapo.rollout.server import EngineStartTimeout, make_server, until_healthy
@@ -31,21 +32,33 @@ from megatron_dapo.rollout.server import EngineStartTimeout, make_server, until_
 POLL_S = 0.2
 LOG_S = 5.0  # how old the quoted log of an engine that runs may be
 SILENT_S = 30.0  # without a sign of life a host counts as gone; longer than it takes to stop an engine
+# The same for a rank's process, in which one call may hold the interpreter: what else there can be, the
+# lifeline of the ranks notices.
+SILENT_RANK_S = Clocks().held_s + SILENT_S
 
 
 class SignsOfLife:
-    """Whether something still counts up a `key` of the store. `clock` counts seconds."""
+    """Whether something still counts up a `key` of the store, at the latest after silent_s. `clock` counts
+    seconds.
+    """
 
-    def __init__(self, store: Store, key: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._key, self._clock = store, key, clock
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        silent_s: float = SILENT_S,
+    ) -> None:
+        self._store, self._key, self._clock, self.silent_s = store, key, clock, silent_s
         self._count, self._heard_at = 0, clock()
 
     def are_missing(self) -> bool:
-        """Whether there were some, and none within SILENT_S; time in which nobody asked does not count."""
+        """Whether there were some, and none within silent_s; time in which nobody asked does not count."""
         count = self._store.add(self._key, 0)
         if count != self._count:
             self._count, self._heard_at = count, self._clock()
-        return count > 0 and self._clock() - self._heard_at > SILENT_S
+        return count > 0 and self._clock() - self._heard_at > self.silent_s
 
     async def another(self) -> bool:
         """Return at the next one, or False when they are missing."""
@@ -164,7 +177,7 @@ class _Engine:
 
 class RemoteServer:
     """Rank 0's side of engine `index` on `host`: a Server as the fleet has them. signs_of_life: that of the
-    host.
+    host; of a rank there, by default.
     """
 
     def __init__(
@@ -180,7 +193,9 @@ class RemoteServer:
         self.index, self.host = index, host
         self._store, self._token, self._clock = store, token, clock
         self._start = 0
-        self._signs_of_life = signs_of_life or SignsOfLife(store, alive_key(host), clock)
+        self._signs_of_life = signs_of_life or SignsOfLife(
+            store, alive_key(host), clock, silent_s=SILENT_RANK_S
+        )
 
     @property
     def url(self) -> str:
@@ -228,7 +243,7 @@ class RemoteServer:
     def log_tail(self) -> str:
         """What the server's log says about an end, as its host has read it."""
         if self._signs_of_life.are_missing():
-            return f"  | {self.host} has given no sign of life for {SILENT_S:g} s"
+            return f"  | {self.host} has given no sign of life for {self._signs_of_life.silent_s:g} s"
         return self._state().get("log", f"  | {self.host} has not started it")
 
     def _want(self, *, runs: bool) -> None:

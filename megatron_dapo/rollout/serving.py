@@ -1,11 +1,12 @@
 """Hosts without ranks that join a run, run engines for it, and leave it, all while it goes on.
 
 Rank 0 and the process of such a host (serve.py) tell each other in the run's store, without the prefixes of
-ranks. The keys, under megatron_dapo/serving/:
+ranks, and each has the other on a lifeline (lifeline.py), which begins with the first host. The keys, under
+megatron_dapo/serving/:
 
     run          what a host has to know of the run, {"first": number of the first engine of the first host,
                  "settings": values of SETTINGS}; it is there as long as hosts may join
-    alive        counts up while rank 0 looks for hosts
+    lifeline     {"port", "token"} of rank 0's lifeline
     ended        the run has ended
     engines      counts engines of all hosts so far, hosts counts hosts: a host takes the next numbers
     K/host       of host number K: {"name", "first": its first engine, "engines": how many}
@@ -19,7 +20,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import secrets
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ import torch.distributed as dist
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
+from megatron_dapo.lifeline import Clocks, Lifeline, LifelineRefused, Loss
 from megatron_dapo.rendezvous import Store, without_prefix
 from megatron_dapo.rollout.client import file_descriptors_needed
 from megatron_dapo.rollout.files import raise_file_limit
@@ -39,6 +43,7 @@ from megatron_dapo.rollout.upkeep import EngineFailure
 
 LOOK_S = 0.5  # how often both sides look into the store
 GOODBYE_S = 5.0  # that rank 0 waits until hosts know that the run has ended
+CLOCKS = Clocks()
 # What engines of all hosts have in common; everything else is the host's own matter.
 SETTINGS = (
     "model.dtype",
@@ -64,7 +69,7 @@ class _Host:
 
 
 class ServingHosts:
-    """Rank 0's side: takes hosts into the fleet as they join, and out as they leave or fall silent.
+    """Rank 0's side: takes hosts into the fleet as they join, and out as they leave or are lost.
 
     store: of the run. token: of its servers. num_engines: those on the hosts of ranks. message: gets a
     sentence for the console. clock: counts seconds.
@@ -86,6 +91,8 @@ class ServingHosts:
         self._num_engines, self._num_known = num_engines, 0
         self._expected: list[int] = []  # numbers that hosts have taken which have not joined yet
         self._hosts: list[_Host] = []
+        self._lifeline: Lifeline | None = None
+        self._losses = deque[Loss]()  # that the lifeline's thread has noticed
         self._waits_since: float | None = None  # for enough engines to begin with
 
     def open(self) -> None:
@@ -108,8 +115,7 @@ class ServingHosts:
             self._fleet.router.end(error)  # a fault of this code ends the run with its traceback
 
     def look(self) -> None:
-        """Do what the hosts want, and give a sign of life."""
-        self._store.add(_key("alive"), 1)
+        """Do what the hosts want, and give up those that are lost."""
         num_hosts = self._store.add(_key("hosts"), 0)
         self._expected += range(self._num_known, num_hosts)
         self._num_known = num_hosts
@@ -117,12 +123,13 @@ class ServingHosts:
             if self._store.check([_key(number, "host")]):
                 self._expected.remove(number)
                 self._admit(number)
+        while self._losses:
+            loss = self._losses.popleft()
+            for host in [host for host in self._hosts if host.name == loss.peer]:
+                self._lose(host, loss.reason)
         for host in list(self._hosts):
             if host.signs_of_life.are_missing():
-                reason = f"{host.name} has given no sign of life for {SILENT_S:g} s"
-                self._hosts.remove(host)
-                self._store.set(_key(host.number, "left"), reason)
-                self._fleet.lose(host.engines, reason)
+                self._lose(host, f"{host.name} has given no sign of life for {SILENT_S:g} s")
             elif not host.leaves and self._store.check([_key(host.number, "leaves")]):
                 self._let_go(host)
         self._expect_enough()
@@ -141,6 +148,13 @@ class ServingHosts:
                     )
                 ]
                 await asyncio.sleep(LOOK_S / 5)
+        if self._lifeline:
+            self._lifeline.close()
+
+    def _lose(self, host: _Host, reason: str) -> None:
+        self._hosts.remove(host)
+        self._store.set(_key(host.number, "left"), reason)
+        self._fleet.lose(host.engines, reason)
 
     def _admit(self, number: int) -> None:
         said = json.loads(self._store.get(_key(number, "host")))
@@ -151,6 +165,10 @@ class ServingHosts:
         except UserError as error:
             self._message(f"{name} cannot join: {error}")
             return self._store.set(_key(number, "left"), str(error))
+        if self._lifeline is None:
+            token = secrets.token_urlsafe(32)
+            self._lifeline = Lifeline.serve(token, (), self._losses.append, clocks=CLOCKS)
+            self._store.set(_key("lifeline"), json.dumps({"port": self._lifeline.port, "token": token}))
         signs = SignsOfLife(self._store, alive_key(name), self._clock)
         numbers = range(said["first"], said["first"] + said["engines"])
         engines = [f"engine_{index}" for index in numbers]
@@ -205,16 +223,17 @@ class Membership:
     `name`.
     """
 
-    def __init__(self, store: Store, host: str, num_engines: int) -> None:
-        """The run must be `open_to` this host."""
-        self._store = store
+    def __init__(self, store: Store, host: str, num_engines: int, rank_0: str) -> None:
+        """The run must be `open_to` this host. rank_0: the address of rank 0's host."""
+        self._store, self._rank_0 = store, rank_0
+        self._lifeline: Lifeline | None = None
+        self._lost, self._made_at = "", time.monotonic()
         run = json.loads(store.get(_key("run")))
         self.number = store.add(_key("hosts"), 1) - 1
         self.name = f"serve {self.number} on {host}"
         first = run["first"] + store.add(_key("engines"), num_engines) - num_engines
         self.engines = range(first, first + num_engines)
         self.refused = ""  # why the run goes on without it, unless it has asked for that
-        self._signs_of_run, self._heard_at = -1, time.monotonic()
 
     def join(self) -> None:
         """Have rank 0 use the engines."""
@@ -228,8 +247,8 @@ class Membership:
 
     def look(self) -> Literal["joined", "left", "ended"]:
         """How it stands with the host and the run. DistError when the store has ended."""
-        if (signs := self._store.add(_key("alive"), 0)) != self._signs_of_run:
-            self._signs_of_run, self._heard_at = signs, time.monotonic()
+        if self._lifeline is None and not self._lost and self._store.check([_key("lifeline")]):
+            self._take_lifeline()
         if self._store.check([_key("ended")]):
             self._store.set(_key(self.number, "knows"), "")
             return "ended"
@@ -238,9 +257,29 @@ class Membership:
             return "left"
         return "joined"
 
-    def is_forsaken(self) -> bool:
-        """Whether `look` has seen no sign of life of rank 0 within SILENT_S, or could not end so long."""
-        return time.monotonic() - self._heard_at > SILENT_S
+    @property
+    def lost(self) -> str:
+        """Why the run is lost; "" while it is not."""
+        waited_s = time.monotonic() - self._made_at
+        if not self._lost and self._lifeline is None and waited_s > CLOCKS.held_s:
+            return f"rank 0 has given no sign of life within {CLOCKS.held_s:g} s"
+        return self._lost
+
+    def close(self) -> None:
+        """Say goodbye to rank 0, if it is there."""
+        if self._lifeline:
+            self._lifeline.close()
+
+    def _take_lifeline(self) -> None:
+        said = json.loads(self._store.get(_key("lifeline")))
+        address = self._rank_0, said["port"]
+        try:
+            self._lifeline = Lifeline.join(address, said["token"], self.name, self._on_loss, clocks=CLOCKS)
+        except LifelineRefused as error:
+            self._lost = str(error)
+
+    def _on_loss(self, loss: Loss) -> None:
+        self._lost = f"the run is gone: {loss.reason}"
 
 
 def open_to(store: Store, config: RunConfig) -> bool:

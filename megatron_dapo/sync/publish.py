@@ -265,7 +265,9 @@ class _Push:
         self.following: list[str] = []  # replicas that have answered every call so far
         self._failures: list[Failure] = []
         self._mistake: Exception | None = None  # what `replicas` raised though it must not
-        self._answers: Callable[[], None] = lambda: None  # waits for the calls that are under way
+        # What waits for the calls that are under way: the first of the push, and the last round's.
+        self._begun: Callable[[], None] = lambda: None
+        self._answers: Callable[[], None] = lambda: None
         try:
             self.following = list(replicas.push_targets())
         except Exception as error:
@@ -297,7 +299,8 @@ class _Push:
         return workers
 
     def begin(self) -> None:
-        self._on_all("begin", lambda name, client: client.start_weight_update())
+        """Returns while the engines get ready; the first round is put together meanwhile."""
+        self._begun = self._begin_on_all("begin", lambda name, client: client.start_weight_update())
 
     def lose(self, lost: Mapping[str, str]) -> None:
         """These replicas get nothing more, for the reasons given."""
@@ -306,16 +309,19 @@ class _Push:
 
     def send(self, chunks: Mapping[str, Sequence[Manifest]]) -> None:
         """Hand over a round, and return while the engines load it: what the round before it has come to is
-        known by then.
+        known by then. It is sent while they load that one, which they finish first: they do not wait for us.
         """
         infos = {name: [manifest.to_json() for manifest in manifests] for name, manifests in chunks.items()}
-        self._answers()
+        self._begun()
+        before = self._answers
         self._answers = self._begin_on_all("send", lambda name, client: client.update_weights(infos[name]))
+        before()
 
     def commit(self) -> None:
         """The new weights count. Cached prefixes of the old ones are the rollout wing's matter, which empties
         the cache when it pauses, or salts what it asks for by the version.
         """
+        self._begun()
         self._answers()
         self._on_all("commit", lambda name, client: client.finish_weight_update(str(self._version)))
 

@@ -48,6 +48,8 @@ class Sink:
 
     def part(self, start: tuple[int, ...], size: tuple[int, ...]) -> Sink:
         """The box [start, start + size) of the Hugging Face tensor, which must lie inside this one."""
+        if (start, size) == (self.start, self.size):
+            return self
         for low, extent, first, n in zip(self.start, self.size, start, size, strict=True):
             if n < 1 or first < low or first + n > low + extent:
                 raise ValueError(

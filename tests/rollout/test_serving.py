@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +47,12 @@ class Child:
         raise AssertionError("rank 0 asks the server itself")
 
 
+def cut_off(side: Any) -> None:
+    """As if its process were gone: the connections of its lifeline end without a word."""
+    for peer in side._lifeline._peers:
+        peer.sock.shutdown(socket.SHUT_RDWR)
+
+
 class Place:
     """A run without engines of its own, and hosts that join it."""
 
@@ -64,10 +72,12 @@ class Place:
         )
         self.children: dict[int, Child] = {}
         self.engine_hosts: list[EngineHost] = []
+        self.members: list[Membership] = []
 
     def member(self, host: str = "node7") -> Membership:
         """A host, with its engines, that has not joined."""
-        member = Membership(self.store, host, self.config.rollout.engines)
+        member = Membership(self.store, host, self.config.rollout.engines, "127.0.0.1")
+        self.members.append(member)
         made = EngineHost(self.store, member.name, member.engines, self._child)
         self.engine_hosts.append(made)
         return member
@@ -102,8 +112,10 @@ def make_place(monkeypatch):
     monkeypatch.setattr(hosts, "until_healthy", healthy)
     yield lambda **rollout: made.append(Place(**rollout)) or made[-1]
     for place in made:
-        for host in place.engine_hosts:
-            host.close()
+        for made_here in (*place.engine_hosts, *place.members):
+            made_here.close()
+        if place.run._lifeline:
+            place.run._lifeline.close()
 
 
 @pytest.fixture
@@ -200,21 +212,42 @@ async def test_a_run_that_ends_tells_its_hosts_and_waits_until_they_know(place):
     await asyncio.wait_for(closing, 2)
 
 
-async def test_a_host_knows_when_rank_0_is_silent(place, monkeypatch):
+async def test_each_notices_when_the_other_is_gone(place):
+    """By the lifeline, at once: neither the store nor a thread of the other says so."""
+    first, second = place.member("node7"), place.member("node8")
+    for member in (first, second):
+        member.join()
+    await place.until(lambda: len(place.states) == 4)
+    assert (first.look(), second.look()) == ("joined", "joined")
+    cut_off(first)
+    await place.until(lambda: list(place.states) == ["engine_6", "engine_7"])
+    assert first.look() == "left" and re.match(r"serve 0 on node7 on .* has ended without", first.refused)
+    assert second.lost == ""
+    cut_off(place.run)
+    await place.until(lambda: second.lost)
+    assert second.lost.startswith("the run is gone: rank 0 on ")
+
+
+async def test_a_held_interpreter_on_rank_0_costs_no_host(place, monkeypatch):
+    """Rank 0 looks at nothing for longer than a host may be silent; the lifeline knows that it is there."""
     member = place.member()
     clock = [100.0]
     monkeypatch.setattr(serving.time, "monotonic", lambda: clock[0])
-    member.look()
-    clock[0] += SILENT_S
-    assert not member.is_forsaken()
-    clock[0] += 1
+    member.join()
     place.run.look()
-    assert member.is_forsaken()
     member.look()
-    assert not member.is_forsaken()
-    clock[0] += SILENT_S + 1
-    member.look()
-    assert member.is_forsaken()
+    clock[0] += 100 * SILENT_S
+    assert member.look() == "joined" and member.lost == ""
+
+
+async def test_a_host_that_is_never_let_in_gives_up(place, monkeypatch):
+    member = place.member()
+    clock = [time.monotonic()]
+    monkeypatch.setattr(serving.time, "monotonic", lambda: clock[0])
+    clock[0] += serving.CLOCKS.held_s - 1
+    assert member.lost == ""
+    clock[0] += 2
+    assert member.lost == "rank 0 has given no sign of life within 300 s"
 
 
 @pytest.mark.parametrize("joins", [False, True])

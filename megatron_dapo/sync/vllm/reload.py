@@ -39,6 +39,7 @@ class RowLoader:
 
     def __init__(self, model: torch.nn.Module, table: SinkTable) -> None:
         self._places: dict[str, tuple[torch.nn.Module, str]] = {}  # the layer of a parameter, its name there
+        self._totals = Counter[torch.nn.Module]()  # elements of a layer that the table has
         totals = Counter[str]()
         for row in (*table.sinks, *table.padding):
             totals[row.parameter] += math.prod(row.size)
@@ -51,6 +52,7 @@ class RowLoader:
                 )
             assert not is_deferred_attention_layer(layer), "vLLM loads the scales of a cache in another way"
             self._places[name] = layer, leaf
+            self._totals[layer] += total
         for padding in table.padding:
             value = torch.tensor(padding.value, dtype=getattr(torch, table.dtypes[padding.parameter]))
             self.load(padding, value.expand(padding.size), verify=False)
@@ -69,9 +71,10 @@ class RowLoader:
             if not torch.equal(written.view(bits), sent.view(bits)):
                 raise ValueError(f"{row.parameter} does not hold what was sent for it at {row.region}")
         info.load_numel += values.numel()
-        info.load_numel_total = get_layer_size(layer)  # as vLLM does: a layer may get its bias late
-        if info.load_numel >= info.load_numel_total:
-            _layerwise_process(layer, info)
+        if info.load_numel >= self._totals[layer]:
+            info.load_numel_total = get_layer_size(layer)  # as vLLM does: a layer may get its bias late
+            if info.load_numel >= info.load_numel_total:
+                _layerwise_process(layer, info)
 
 
 def write(param: torch.Tensor, region: Region, values: torch.Tensor) -> None:
@@ -90,7 +93,8 @@ def materialize(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
             view = kernel.data
             view.__class__, view.__dict__ = parameter.__class__, dict(parameter.__dict__)
             setattr(layer, name, view)
-    materialize_layer(layer, info)
+    if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+        materialize_layer(layer, info)
 
 
 def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
