@@ -14,10 +14,12 @@ from megatron_dapo.config import RunConfig
 class DAPOTrainer:
     """Train a model with DAPO. The run's processes are started by `train`; this process only waits for them.
 
-    `model_name` is a Hugging Face folder or hub name, `clip_epsilon` the lower clip range, `dynamic_sampling`
-    the filter, `max_length` the longest response in tokens. Anything else is an override "section.key":
-    value, applied last, e.g. `overrides={"layout.data_parallel": 2, "run.dir": "runs/mine"}`. UserError (a
-    ValueError) for a wrong key or value, and for values that do not go together.
+    `model_name` is a Hugging Face folder or hub name ("Qwen2.5-32B" is the Qwen organisation's),
+    `clip_epsilon` the lower clip range, `dynamic_sampling` the filter, `max_length` the longest response in
+    tokens. Overlong responses are penalised over the last fifth of it, as in the paper. Anything else is an
+    override "section.key": value, applied last, e.g. `overrides={"layout.data_parallel": 2, "run.dir":
+    "runs/mine"}`; `{"reward.overlong_cache": 0}` switches that penalty off. UserError (a ValueError) for a
+    wrong key or value, and for values that do not go together.
     """
 
     def __init__(
@@ -78,11 +80,12 @@ class DAPOTrainer:
             for section in sections:
                 inner = inner.setdefault(section, {})
             inner[name] = value
-        # A budget that holds the longest sample, unless one was asked for.
-        batch, data = tree.setdefault("batch", {}), tree.get("data", {})
-        batch.setdefault(
-            "max_tokens", max(16384, tree["rollout"]["max_tokens"] + data.get("max_prompt_tokens", 2048))
-        )
+        # A budget that holds the longest sample, and the paper's share of it (4096 of 20480) for the penalty,
+        # unless others were asked for.
+        longest, data = tree["rollout"]["max_tokens"], tree.get("data", {})
+        longest_sample = longest + data.get("max_prompt_tokens", 2048)
+        tree.setdefault("batch", {}).setdefault("max_tokens", max(16384, longest_sample))
+        tree.setdefault("reward", {}).setdefault("overlong_cache", longest // 5)
         config = RunConfig.make(tree)
         preflight.check_settings(config)
         return config

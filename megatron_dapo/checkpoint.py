@@ -12,15 +12,18 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -32,10 +35,11 @@ from megatron_dapo.policy.optimizer import set_steps
 from megatron_dapo.policy.optimizer_state import sharded_optimizer
 from megatron_dapo.policy.session import Session
 from megatron_dapo.policy.step import Policy
+from megatron_dapo.policy.trained import TrainedModel
 from megatron_dapo.report.model_card import model_card
 from megatron_dapo.sync.export import export
 
-FORMAT = 3  # of run.pt, carried.pt and the optimizer's tensors
+FORMAT = 4  # of run.pt, carried.pt and the optimizer's tensors
 _NAME = re.compile(r"step_(\d{6})$")
 
 
@@ -93,9 +97,9 @@ def save(
             "format": FORMAT,
             "step": state.step,
             "rng": torch.get_rng_state(),
-            "schedule": policy.schedule.state_dict(),
-            "num_updates": policy.num_updates,
-            "guard": policy.guard.state(),
+            **_progress(policy),
+            "value_model": _progress(policy.value_model) if policy.value_model else None,
+            "reference": policy.reference.digest if policy.reference else None,
         }
         files = {"carried.pt": state.rollouts, "run.pt": rest}
     folder = checkpoints / f"step_{step:06d}"
@@ -124,19 +128,52 @@ def read_state(folder: Path, rank: int) -> RunState:
 
 @torch.no_grad()
 def load(folder: Path, policy: Policy) -> None:
-    """Collective. Put model, optimizer, schedule and random state back. UserError for a checkpoint of an
-    earlier version.
+    """Collective. Put model, optimizer, schedule and random state back, also of a value model. UserError for
+    a checkpoint of an earlier version, or with other models beside the policy.
     """
     rest = _read_rest(folder)
+    _check_models(folder, policy, rest)
     loaded = _read(folder.resolve(), policy)
-    for number, chunk in enumerate(policy.chunks):
-        chunk.module.load_state_dict(loaded["model"][str(number)])
-    set_steps(policy.optimizer, rest["num_updates"])
-    policy.schedule.load_state_dict(rest["schedule"])
+    _restore(policy, loaded["model"], rest)
+    if policy.value_model:
+        _restore(policy.value_model, loaded["value_model"], rest["value_model"])
     torch.set_rng_state(rest["rng"])
-    policy.num_updates = rest["num_updates"]
-    policy.guard.load_state(rest["guard"])
     dist.barrier(group=policy.session.control)  # all have read it
+
+
+def _progress(model: TrainedModel) -> dict[str, Any]:
+    """What a checkpoint keeps of a model beside its tensors."""
+    return {
+        "schedule": model.schedule.state_dict(),
+        "num_updates": model.num_updates,
+        "guard": model.guard.state(),
+    }
+
+
+def _restore(model: TrainedModel, weights: Any, progress: dict[str, Any]) -> None:
+    """`weights` by chunk; most of them, and the optimizer's state, are in their place already."""
+    for number, chunk in enumerate(model.chunks):
+        chunk.module.load_state_dict(weights[str(number)])
+    set_steps(model.optimizer, progress["num_updates"])
+    model.schedule.load_state_dict(progress["schedule"])
+    model.num_updates = progress["num_updates"]
+    model.guard.load_state(progress["guard"])
+
+
+def _check_models(folder: Path, policy: Policy, rest: dict[str, Any]) -> None:
+    """UserError when the checkpoint lacks the value model, or was made with another reference."""
+    if policy.value_model and not rest.get("value_model"):
+        raise UserError(
+            f"checkpoint.resume: {folder} has no value model, which objective.kind="
+            f"{policy.config.objective.kind} trains; start a new run from its export (model.path)"
+        )
+    if policy.reference and rest.get("reference") not in (None, policy.reference.digest):
+        config = policy.config
+        raise UserError(
+            f"checkpoint.resume: {folder} was made with another reference model than what is now in "
+            f"{config.objective.reference or config.model.path}; set objective.reference to the folder with "
+            "those weights"
+        )
 
 
 def _read_rest(folder: Path) -> dict[str, Any]:
@@ -230,11 +267,29 @@ def _due(every: int, step: int) -> bool:
 
 
 def _sharded_state(policy: Policy) -> dict[str, Any]:
-    """Model and optimizer as tensors of the whole model, of which this rank has parts."""
-    gather_weights(policy.chunks)
-    modules: list[Any] = [chunk.module for chunk in policy.chunks]
-    model = {str(number): module.sharded_state_dict() for number, module in enumerate(modules)}
-    return {"model": model, "optimizer": sharded_optimizer(policy.optimizer, model)}
+    """Model and optimizer as tensors of the whole model, of which this rank has parts; the same of the value
+    model, whose tensors are named apart.
+    """
+    state: dict[str, Any] = {}
+    for model, prefix in zip(policy.trained_models(), ("", "value_"), strict=False):
+        gather_weights(model.chunks)
+        modules: list[Any] = [chunk.module for chunk in model.chunks]
+        weights = {str(number): module.sharded_state_dict() for number, module in enumerate(modules)}
+        if model.spec.num_experts:
+            _name_norms_alike(weights)
+        add_prefix_for_sharding(weights, f"{prefix}model." if prefix else "")
+        state[f"{prefix}model"] = weights
+        state[f"{prefix}optimizer"] = sharded_optimizer(model.optimizer, weights)
+    return state
+
+
+def _name_norms_alike(weights: Any) -> None:
+    """Give the norm before experts the name that TransformerEngine's layers have for it, as every other norm
+    has: the local layers save it under that of a dense mlp's.
+    """
+    for entry in cast("Iterator[Any]", nested_values(weights)):
+        if isinstance(entry, ShardedTensor):
+            entry.key = entry.key.replace(".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm.")
 
 
 def _complete(folder: Path, last_file: str = "run.pt") -> list[Path]:

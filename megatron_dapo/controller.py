@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from megatron_dapo import checkpoint
 from megatron_dapo.config import RunConfig
-from megatron_dapo.data.prompts import PromptStream, load_rows
+from megatron_dapo.data.prompts import PromptStream
+from megatron_dapo.data.rows import load_rows, load_sources
 from megatron_dapo.errors import UserError
 from megatron_dapo.evaluate import evaluate
 from megatron_dapo.model_spec import ModelSpec, read_model
@@ -20,7 +21,7 @@ from megatron_dapo.policy.control import ControlChannel
 from megatron_dapo.policy.session import Session
 from megatron_dapo.rendezvous import Store
 from megatron_dapo.report.sinks import Reporter
-from megatron_dapo.report.step import gap_warning, step_metrics
+from megatron_dapo.report.step import gap_warning, source_metrics, step_metrics
 from megatron_dapo.reward.grading import Grader
 from megatron_dapo.rollout.hosts import EngineHost, serve_engines
 from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
@@ -57,9 +58,8 @@ class Controller:
         self.collected: Collected | None = None  # of the running step
         self._counted_for = -1  # weight version of the step that times and failures are counted for
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        data = config.data
-        rows = load_rows(data.path or "", data.prompt_key, data.answer_key)
-        self.prompts = PromptStream(rows, tokenizer, data, config.run.seed)
+        data, lag = config.data, config.sampling.most_ahead
+        self.prompts = PromptStream(load_sources(data), tokenizer, data, config.run.seed, lag=lag)
         self.held_out = self._held_out(tokenizer)
         self.grader = Grader(config.reward, tokenizer, longest=config.rollout.max_tokens)
         self.service = RolloutService(
@@ -77,6 +77,7 @@ class Controller:
         if state:
             assert state.rollouts is not None
             self.service.load_state(state.rollouts)
+            self.grader.length_penalty.load_state(state.rollouts["overlong_factor"])
         self._handlers = {sign: signal.signal(sign, self._give_up) for sign in STOPPING}
         self.service.start()  # the servers load while the policy is built
 
@@ -98,6 +99,7 @@ class Controller:
             self.grader.reset()
             self.service.request_failures.clear()
         self.collected = self.service.next_step(version)
+        self.grader.length_penalty.end_step(self.collected.groups)
         return self.collected
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -140,6 +142,8 @@ class Controller:
         )
         if warning := gap_warning(metrics, self.config.report.gap_warning):
             self.reporter.message(warning)
+        metrics["reward/overlong_factor"] = self.grader.length_penalty.factor
+        metrics |= self.prompts.metrics() | source_metrics(collected)
         metrics |= {f"memory/{name}": gib for name, gib in memory.items()}
         metrics |= self.reporter.engine_metrics(phases)
         self.reporter.facts(step, collected, began=began, phases=phases, trained_tokens=result.num_tokens)
@@ -152,7 +156,8 @@ class Controller:
         disk before it is: a resumed run does not make them again.
         """
         self.reporter.flush()
-        return checkpoint.RunState(step=step, rollouts=self.service.state())
+        rollouts = self.service.state() | {"overlong_factor": self.grader.length_penalty.factor}
+        return checkpoint.RunState(step=step, rollouts=rollouts)
 
     def verify(self, export: Path, version: int) -> int:
         """Compare every parameter in every engine with a fresh server on the export; how many were
@@ -174,8 +179,9 @@ class Controller:
         if path is None:
             return []
         once = self.config.data.model_copy(update={"shuffle": False, "epochs": 1})
-        rows = load_rows(path, once.prompt_key, once.answer_key, "evaluation.path")
-        return list(iter(PromptStream(rows, tokenizer, once, self.config.run.seed).next, None))
+        keys = once.prompt_key, once.answer_key
+        rows = load_rows(path, *keys, "evaluation.path", rule_key=once.rule_key)
+        return list(iter(PromptStream({None: rows}, tokenizer, once, self.config.run.seed).next, None))
 
     def _give_up(self, number: int, frame: Any) -> None:
         """There is nothing to save yet: do what was done at this signal before, without the engines."""

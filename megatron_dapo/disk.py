@@ -44,6 +44,8 @@ def checkpoints_have_room(facts: Facts) -> None:
     options, dtype, run_dir = facts.config.checkpoint, facts.config.model.dtype, Path(facts.config.run.dir)
     each, export = checkpoint_bytes(facts.spec, dtype), export_bytes(facts.spec, dtype)
     exports = int(options.export_hf) + ((options.keep_exports or 1) + 1 if options.export_every else 0)
+    if facts.config.objective.kind == "ppo":
+        each *= 2  # a value model of the same size
     there = len(list(run_dir.glob("checkpoints/step_*")))
     needed = max(options.keep + 1 - there, 1) * each + exports * export
     existing = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())

@@ -11,21 +11,18 @@ represent is in policy/rules.py, which the policy checks by itself once more.
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dapo.config import RunConfig
+from megatron_dapo.data import rules as data_rules
 from megatron_dapo.disk import checkpoints_have_room
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.policy import rules
-
-log = logging.getLogger(__name__)
 
 # What vLLM's CPU attention has kernels for: vllm 0.32, vllm/v1/attention/backends/cpu_attn.py,
 # CPUAttentionBackend.get_supported_head_sizes. Another size ends the server at its first request.
@@ -46,12 +43,13 @@ class Facts:
     planned: bool
 
 
-def check(config: RunConfig, *, planned: bool = False) -> Facts:
+def check(config: RunConfig, *, planned: bool = False, deep: bool = False) -> Facts:
     """Refuse a run that cannot work. Starts nothing, reads the model's config.json and all of the data.
-    `planned`: for other machines than this one, so run.device=cuda needs no GPU here.
+    `planned`: for other machines than this one, so run.device=cuda needs no GPU here. `deep`: also when the
+    planned memory of GPUs does not suffice (planning/).
     """
     facts = check_training(config, planned=planned)
-    for rule in RUN_RULES:
+    for rule in (*RUN_RULES, *((gpus_have_room,) if deep else ())):
         rule(facts)
     return facts
 
@@ -110,11 +108,29 @@ def samples_divide_into_updates(config: RunConfig) -> None:
 
 
 def window_is_not_empty(config: RunConfig) -> None:
-    """Some group accuracy counts as informative."""
-    sampling = config.sampling
-    if sampling.low > sampling.high or (sampling.low == sampling.high and not sampling.inclusive):
+    """Some group counts as informative."""
+    sampling, (low, high) = config.sampling, config.sampling.bounds
+    if low > high or (low == high and not sampling.inclusive):
+        raise UserError(f"sampling.low={low} leaves nothing below sampling.high={high}; lower it")
+
+
+def accuracies_lie_between_0_and_1(config: RunConfig) -> None:
+    """A window of accuracies has its ends there."""
+    sampling, (low, high) = config.sampling, config.sampling.bounds
+    if sampling.metric == "accuracy" and not 0 <= low <= high <= 1:
         raise UserError(
-            f"sampling.low={sampling.low} leaves nothing below sampling.high={sampling.high}; lower it"
+            f"sampling.low={low} and sampling.high={high} are accuracies, from 0 to 1; change them, or set "
+            f"sampling.metric to what they mean"
+        )
+
+
+def an_adaptive_window_is_of_accuracies(config: RunConfig) -> None:
+    """It moves towards (0, 1)."""
+    sampling = config.sampling
+    if sampling.adaptive and sampling.metric != "accuracy":
+        raise UserError(
+            f"sampling.adaptive=true moves a window of accuracies, not of "
+            f"sampling.metric={sampling.metric}; unset one of them"
         )
 
 
@@ -163,6 +179,23 @@ def overlong_cache_is_part_of_the_response(config: RunConfig) -> None:
         )
 
 
+def a_factor_that_moves_has_a_penalty(config: RunConfig) -> None:
+    """reward.overlong_target moves the strength of the overlong penalty from overlong_factor on."""
+    reward = config.reward
+    if reward.overlong_target is None:
+        return
+    if reward.overlong_cache == 0:
+        raise UserError(
+            f"reward.overlong_target={reward.overlong_target} moves the strength of a penalty that "
+            "reward.overlong_cache=0 switches off; set overlong_cache"
+        )
+    if reward.overlong_factor > reward.overlong_factor_max:
+        raise UserError(
+            f"reward.overlong_factor={reward.overlong_factor} begins above "
+            f"reward.overlong_factor_max={reward.overlong_factor_max}; lower it"
+        )
+
+
 def micro_batch_holds_the_longest_sample(config: RunConfig) -> None:
     """A sample is never cut, so one micro-batch must hold the longest, padded for context parallelism."""
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
@@ -190,20 +223,6 @@ def greedy_evaluation_samples_once(config: RunConfig) -> None:
             f"evaluation.temperature=0 is greedy, so evaluation.samples={config.evaluation.samples} would "
             f"all be equal; set it to 1"
         )
-
-
-def template_holds_the_problem(config: RunConfig) -> None:
-    """The template says where the problem goes."""
-    if "{prompt}" not in config.data.template:
-        raise UserError(
-            f"data.template={config.data.template!r} must hold {{prompt}}, where the problem goes"
-        )
-
-
-def examples_need_a_chat(config: RunConfig) -> None:
-    """Worked examples are messages of a chat."""
-    if config.data.few_shot and not config.data.chat:
-        raise UserError("data.few_shot needs data.chat=true; put the examples into data.template otherwise")
 
 
 def lower_mismatch_bound_is_for_masking(config: RunConfig) -> None:
@@ -316,42 +335,17 @@ def files_suffice(facts: Facts) -> None:
 
 
 def data_can_be_read(facts: Facts) -> None:
-    """Training data, and evaluation data where there are some, have a prompt and an answer in every row."""
-    from megatron_dapo.data.prompts import load_rows
-
-    data, evaluation = facts.config.data, facts.config.evaluation
-    if data.path is None:
-        raise UserError(
-            "data.path is required: a .jsonl or .parquet file of problems (tools/download_data.py makes one)"
-        )
-    files = {"data.path": data.path, "evaluation.path": evaluation.path}
-    for field, path in files.items():
-        if path is not None:
-            rows = load_rows(path, data.prompt_key, data.answer_key, field)
-            if sentence := _repeated_sentence(data.template, [row.prompt for row in rows[:100]]):
-                log.warning(
-                    f"data.template adds to every prompt what {field}={path} already says: {sentence!r}; set "
-                    "data.template='{prompt}', or take it out of the rows (tools/download_data.py --template)"
-                )
-
-
-def _repeated_sentence(template: str, prompts: list[str]) -> str | None:
-    """A sentence of at least three words that the template and a prompt have in common; spaces and ends of
-    lines are not told apart.
-    """
-    texts = [" ".join(prompt.split()) for prompt in prompts]
-    for sentence in re.split(r"(?<=[.:!?])\s|\n|\{prompt\}", template):
-        words = sentence.split()
-        if len(words) >= 3 and any(" ".join(words) in text for text in texts):
-            return " ".join(words)
-    return None
+    """Every row has a prompt and an answer."""
+    data_rules.files_can_be_read(facts.config)
 
 
 def verifier_can_be_called(facts: Facts) -> None:
-    """reward.verifier names a function of (response, answer)."""
-    from megatron_dapo.reward.math import load_verifier
+    """reward.verifier and reward.rules name rules that can be loaded."""
+    from megatron_dapo.reward.rules import load_rule
 
-    load_verifier(facts.config.reward.verifier)
+    reward = facts.config.reward
+    for name in (reward.verifier, *reward.rules):
+        load_rule(name, reward.timeout_s)
 
 
 def ports_are_free(facts: Facts) -> None:
@@ -364,19 +358,29 @@ def ports_are_free(facts: Facts) -> None:
             checked_port(rollout.base_port, index)
 
 
+def gpus_have_room(facts: Facts) -> None:
+    """Every phase of a step fits into the GPUs' memory."""
+    from megatron_dapo.planning.fits import memory_suffices
+
+    if not facts.on_cpu:
+        memory_suffices(facts.config, facts.spec)
+
+
 SETTING_RULES: tuple[Callable[[RunConfig], None], ...] = (
     samples_divide_into_updates,
     window_is_not_empty,
+    accuracies_lie_between_0_and_1,
+    an_adaptive_window_is_of_accuracies,
     cap_allows_a_step,
     an_engine_holds_a_group,
     seeds_suffice,
     overlong_cache_is_part_of_the_response,
+    a_factor_that_moves_has_a_penalty,
     micro_batch_holds_the_longest_sample,
     verification_has_an_export,
     greedy_evaluation_samples_once,
     sleeping_engines_are_idle_and_colocated,
-    template_holds_the_problem,
-    examples_need_a_chat,
+    *data_rules.SETTINGS,
     lower_mismatch_bound_is_for_masking,
     enough_engines_are_started,
     deltas_suit_the_engines,

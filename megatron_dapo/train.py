@@ -1,4 +1,4 @@
-"""The command line: python -m megatron_dapo.train CONFIG.yaml [section.key=value ...] [--dry-run]
+"""The command line: python -m megatron_dapo.train CONFIG.yaml [section.key=value ...] [--dry-run] [--deep]
 
 Started plainly it checks everything that can be checked cheaply (preflight.py), then starts the ranks on this
 host through torchrun's launcher API. Started under torchrun it is one of the ranks.
@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="print the resolved configuration, the layout and the processes, and stop",
     )
+    parser.add_argument(
+        "--deep", action="store_true", help="check too that the memory of the GPUs suffices, as planned"
+    )
     options = parser.parse_intermixed_args(arguments)
     path, overrides = options.config, list(options.overrides)
     if path and "=" in path:
@@ -51,13 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         config = RunConfig.load(path, overrides)
         if rank is not None:
             if rank == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != RUN_ID:
-                preflight.check(config)  # `launch` did not
+                preflight.check(config, deep=options.deep)  # `launch` did not
             return run_rank(config)
         if options.dry_run:
-            preflight.check(config, planned=True)
+            preflight.check(config, planned=True, deep=options.deep)
             print(describe(config))
             return 0
-        return launch(config)
+        return launch(config, deep=options.deep)
     except UserError as error:
         # on several hosts it may be wrong on one of them alone
         if rank in (None, "0") or os.environ.get("LOCAL_RANK") == "0":
@@ -83,12 +86,12 @@ def describe(config: RunConfig) -> str:
     )
 
 
-def launch(config: RunConfig) -> int:
+def launch(config: RunConfig, *, deep: bool = False) -> int:
     """Check, write `<run.dir>/config.yaml`, start the ranks on this host, wait; returns the exit status.
 
     SIGTERM and Ctrl-C are passed on once: the ranks then save a checkpoint and end. UserError before that.
     """
-    preflight.check(config)
+    preflight.check(config, deep=deep)
     file = Path(config.run.dir) / "config.yaml"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

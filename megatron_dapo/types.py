@@ -34,7 +34,12 @@ class Stream(StrEnum):
     ROLLOUT_LOGPROBS = "rollout_logprobs"  # of the engine that sampled the token
     OLD_LOGPROBS = "old_logprobs"  # of the policy before the first update of the step
     REFERENCE_LOGPROBS = "reference_logprobs"  # of a frozen reference model
-    VALUES = "values"  # of a value model
+    VALUES = "values"  # of a value model, for the text before the token
+    RETURNS = "returns"  # what those values are fitted to
+    MARGINS = "margins"  # of the pair of responses that the token's response is in (DPO)
+    LM_WEIGHTS = "lm_weights"  # what a token's log-probability counts in objective.lambda_lm's term
+    HIGH_COVARIANCE = "high_covariance"  # 1: objective.covariance holds this token back
+    KEPT = "kept"  # 0: masked by a rule that looks at all tokens of the step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,8 @@ class Prompt:
     """One question of the data stream.
 
     `position` counts prompts over the whole run (it grows across epochs), so it orders acceptance and seeds
-    sampling; `row` is the index in the data file.
+    sampling; `row` is the index in the data, all sources end to end. `rule`: the reward rule that its row
+    names. `source`: which of several data sources it is from.
     """
 
     position: int
@@ -50,6 +56,8 @@ class Prompt:
     text: str
     answer: str
     tokens: tuple[int, ...]
+    rule: str | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +68,7 @@ class Completion:
     nats. trained: bool [R], false where a token is not trained on (a masked response; later the output of a
     tool); where all are alike it may be one element seen R times, which cannot be written to. versions: runs
     of the weight versions that sampled the tokens. number: which of its prompt's completions this is.
+    reward_parts: the rewards that make up its reward, by name; empty where there is only one.
     """
 
     tokens: np.ndarray
@@ -69,6 +78,7 @@ class Completion:
     versions: VersionRuns
     number: int = 0
     seed: int | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, dtype in (("tokens", "int32"), ("logprobs", "float32"), ("trained", "bool")):
@@ -183,6 +193,7 @@ class GroupFacts:
     truncated: tuple[bool, ...]
     weight_version: int
     verdict: str
+    source: str | None = None
     timing: Timing | None = field(default=None, compare=False)
 
     @property
@@ -201,17 +212,22 @@ class GroupFacts:
             truncated=tuple(completion.truncated for completion in group.completions),
             weight_version=group.weight_version,
             verdict=verdict,
+            source=group.prompt.source,
             timing=group.timing,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """The groups that one step trains on and what happened to all others, by reason."""
+    """The groups that one step trains on and what happened to all others, by reason.
+
+    window: both ends of what was accepted, in the unit of sampling.metric.
+    """
 
     groups: tuple[Group, ...]
     sampled: tuple[GroupFacts, ...]  # of every group that finished in this step, whatever became of it
     counts: dict[str, int]
+    window: tuple[float, float] = (0.0, 1.0)
     exhausted: bool = False  # the data has ended and nothing is left over
 
 
@@ -220,9 +236,10 @@ class Sample:
     """One training sequence of L tokens: prompt and response end to end.
 
     tokens: int32 [L]. response_mask: bool [L], true for response tokens that are trained on.
-    rollout_logprobs, advantages: float32 [L]; what they hold outside the mask is never read. The other fields
-    say which completion it is: position of the prompt, number of the completion in its group, its seed, the
-    oldest weight version that sampled any token.
+    rollout_logprobs, advantages: float32 [L]; what they hold outside the mask is never read. streams: more
+    values of the objective, float32 [L]; all samples of a step have the same. The other fields say which
+    completion it is: position of the prompt, number of the completion in its group, its seed, the oldest
+    weight version that sampled any token.
     """
 
     tokens: torch.Tensor
@@ -233,9 +250,11 @@ class Sample:
     number: int
     weight_version: int
     seed: int | None = None
+    streams: Mapping[Stream, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        streams = (self.tokens, self.response_mask, self.rollout_logprobs, self.advantages)
+        own = (self.tokens, self.response_mask, self.rollout_logprobs, self.advantages)
+        streams = (*own, *self.streams.values())
         sizes = {stream.size(0) for stream in streams}  # len() of a tensor takes several times as long
         if len(sizes) != 1:
             raise ValueError(f"Sample streams must align, got lengths {sorted(sizes)}")

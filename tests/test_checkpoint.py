@@ -13,10 +13,13 @@ from support.cases import LAYOUTS
 from support.jobs_checkpoint import checkpoint_run
 from support.models import make_tiny_model
 from support.ranks import run_ranks
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_dapo import checkpoint
 from megatron_dapo.config import RunConfig
+from megatron_dapo.convert.disk_keys import targets
 from megatron_dapo.errors import UserError
+from megatron_dapo.model_spec import read_model
 
 RUNS = ["dp2", "tp2_pp2", "pp2_vpp2", "dp2_offload"]
 
@@ -259,6 +262,11 @@ def test_experts_resume_too(tmp_path):
     saved = run_ranks(
         "support.jobs_checkpoint:train_and_save", 4, runs=[experts], folder=folder, timeout_s=280
     )
+    newest = checkpoint.find(tmp_path / experts.name, "auto")
+    assert newest is not None
+    keys = FileSystemReader(newest).read_metadata().state_dict_metadata.keys()
+    for target in targets(read_model(Path(model))):  # the names that TransformerEngine's layers ask for
+        assert target.keys[0] in keys and f"optimizer.state.exp_avg.{target.keys[0]}" in keys
     resumed = run_ranks(
         "support.jobs_checkpoint:resume",
         4,

@@ -99,8 +99,8 @@ def test_a_dump_loads_as_the_same_configuration(tmp_path):
         ("objective.mismatch_low=1", "objective.mismatch_low=1: Input should be less than 1"),
         ("objective.mismatch_high=1", "objective.mismatch_high=1: Input should be greater than 1"),
         (
-            "objective.mismatch_level=geometric",
-            "objective.mismatch_level='geometric': Input should be 'token' or 'sequence'",
+            "objective.mismatch_level=tokens",
+            "objective.mismatch_level='tokens': Input should be 'token', 'sequence' or 'geometric'",
         ),
         ("optimizer.max_skipped=0", "optimizer.max_skipped=0: Input should be greater than 0"),
         ("optimizer.spike_factor=1", "optimizer.spike_factor=1: Input should be greater than 1"),
@@ -241,14 +241,14 @@ def test_the_objective_is_dapo_unless_another_kind_is_named():
 
 
 def test_a_registered_kind_brings_its_own_keys(toy, tmp_path):
-    config = load("objective.kind=toy", "objective.beta=2", "objective.advantage=none")
-    assert config.objective == ToySection(beta=2, advantage="none")
+    config = load("objective.kind=toy", "objective.beta=2", "objective.mismatch_high=3")
+    assert config.objective == ToySection(beta=2, mismatch_high=3)
     path = tmp_path / "run.yaml"
     path.write_text(config.dump())
     assert RunConfig.load(path) == config and "beta: 2.0" in config.dump()
     assert load().objective.kind == "dapo"
     refuse("objective.beta=0: Input should be greater than 0", "objective.kind=toy", "objective.beta=0")
-    refuse("objective.kind='grpo': Input should be 'dapo' or 'toy'", "objective.kind=grpo")
+    refuse("objective.kind='gppo': Input should be 'dapo' or ", "objective.kind=gppo")
 
 
 def test_a_key_of_another_kind_is_refused_by_name(toy):

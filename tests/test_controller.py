@@ -4,17 +4,23 @@ Without engines.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from support.samples import make_completion, make_group
 
-from megatron_dapo.controller import on_rank_0
+from megatron_dapo.config import RewardConfig
+from megatron_dapo.controller import Controller, on_rank_0
 from megatron_dapo.errors import UserError
 from megatron_dapo.policy.control import ControlChannel
+from megatron_dapo.reward.overlong import LengthPenalty
 from megatron_dapo.rollout.rollouts import StopRequested, WeightsNeeded
+from megatron_dapo.types import Collected
 
 CONTROLLER: Any = object()  # only handed on
 
@@ -86,3 +92,18 @@ def test_an_error_stays_what_it_is_on_rank_0_and_ends_the_others_with_one_senten
         "rank 0 has ended the run; its message says why"
     ] * 2
     assert all(isinstance(outcome, UserError) for outcome in outcomes[1:])
+
+
+def test_the_strength_of_the_length_penalty_follows_what_is_collected_and_is_in_the_checkpoint():
+    """By hand: from 1, half of the trained completions truncated, a target of 0.2."""
+    cut, ended = make_completion(finish_reason="length"), make_completion()
+    group = dataclasses.replace(make_group(correct=1, size=2), completions=(cut, ended))
+    penalty = LengthPenalty(RewardConfig(overlong_cache=4, overlong_target=0.2), max_tokens=10)
+    controller: Any = object.__new__(Controller)
+    controller._counted_for = 3
+    controller.grader = SimpleNamespace(length_penalty=penalty)
+    collected = Collected(groups=(group,), sampled=(), counts={})
+    controller.service = SimpleNamespace(next_step=lambda version: collected, state=lambda: {"slots": []})
+    controller.reporter = SimpleNamespace(flush=lambda: None)
+    assert controller.collect(3) is collected
+    assert controller.state(3).rollouts == {"slots": [], "overlong_factor": 1 + (0.5 - 0.2)}

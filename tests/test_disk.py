@@ -48,6 +48,7 @@ def test_bytes_of_a_parameter():
     [
         ((), 3 * 14 + 2),
         (("checkpoint.export_hf=false",), 3 * 14),
+        (("objective.kind=ppo",), 3 * 28 + 2),  # a value model of the same size
         (("checkpoint.export_every=5",), 3 * 14 + 2 + 3 * 2),
         (("checkpoint.keep=5",), 6 * 14 + 2),
     ],

@@ -18,7 +18,9 @@ from megatron_dapo.types import Collected, GroupFacts, StepResult
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])
 NOT_OF_A_STEP = {"step", "eval/accuracy", "time/rollouts_wait"}  # added by the reporter and by the trainer
-NOT_OF_A_STEP |= {"memory/policy_training", "memory/policy_sampling"}
+NOT_OF_A_STEP |= {"memory/policy_training", "memory/policy_sampling", "reward/overlong_factor"}
+NOT_OF_A_STEP |= {"data/epochs", "data/seen", "data/solved"}
+NOT_OF_A_STEP |= {f"data/passed_over_{reason}" for reason in ("long", "solved", "pool")}
 
 
 def test_metrics_page_lists_exactly_what_a_step_reports():

@@ -27,6 +27,7 @@ FLOORS = {
         "preflight.py",
         "disk.py",
         "evaluate.py",
+        "planning/",
     ),
     3: ("data/", "reward/", "rollout/", "policy/", "sync/", "report/", "convert/"),
     2: ("objectives/", "batching/", "weights/"),
@@ -74,6 +75,7 @@ HOMES = {
     "megatron": ("policy/", "sync/", "checkpoint.py", "checkpoint_writer.py"),
     "vllm": ("sync/vllm/", "rollout/route.py"),  # what runs inside vLLM's processes
     "wandb": ("report/",),
+    "modelopt": ("convert/",),
 }
 NOT_MEGATRON = ("policy/rules.py", "policy/fp8_rules.py")  # preflight reads them before any rank is there
 

@@ -88,6 +88,10 @@ OF_THE_POLICY = [
         "which the CPU's emulation does not model",
     ),
     (["optimizer.decay=cosine"], "optimizer.decay=cosine needs optimizer.decay_updates"),
+    (
+        ["objective.kind=dpo", "batch.updates_per_step=2"],
+        "batch.updates_per_step=2 does not go with objective.kind=dpo",
+    ),
     (["layout.sequence_parallel=true"], "layout.sequence_parallel=true needs layout.tensor_parallel > 1"),
 ]
 
@@ -264,7 +268,7 @@ def test_more_requests_than_open_files_are_refused(run, monkeypatch):
 
 @pytest.mark.parametrize(
     "rule",
-    [*rules.SETTINGS, *rules.MODEL, *preflight.SETTING_RULES, *preflight.RUN_RULES],
+    [*rules.SETTINGS, *rules.MODEL, *preflight.SETTING_RULES, *preflight.RUN_RULES, preflight.gpus_have_room],
     ids=lambda f: f.__name__,
 )
 def test_every_rule_says_what_it_is_for(rule):
@@ -290,6 +294,7 @@ def test_no_rule_is_left_out_of_its_list(module):
         defined - listed
         == {
             rules: {"check", "check_settings", "check_model"},
-            preflight: {"check", "check_training", "check_settings", "on_cpu", "num_hosts", "Facts"},
+            preflight: {"check", "check_training", "check_settings", "on_cpu", "num_hosts", "Facts"}
+            | {"gpus_have_room"},  # of a deep check only
         }[module]
     )

@@ -75,6 +75,35 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
             "sampling.low=0.5 leaves nothing below sampling.high=0.5",
         ),
         (
+            ["sampling.low=-0.1", "sampling.high=1.5"],
+            "sampling.low=-0.1 and sampling.high=1.5 are accuracies, from 0 to 1; change them, or set",
+        ),
+        (
+            ["sampling.metric=reward_std", "sampling.adaptive=true"],
+            "sampling.adaptive=true moves a window of accuracies, not of sampling.metric=reward_std; unset",
+        ),
+        (
+            ["data.path=a.jsonl", "data.sources=[{path: b.jsonl}]"],
+            "data.path=a.jsonl and data.sources are both set; make the path a source or unset it",
+        ),
+        (
+            ["data.sources=[{path: x/a.jsonl}, {path: y/a.jsonl}]"],
+            "data.sources: 2 sources are named 'a'; give each a name of its own",
+        ),
+        (
+            ["data.sources=[{path: my data.jsonl}]"],
+            "data.sources: 'my data' is a part of metric names, so it has letters",
+        ),
+        (
+            ["data.pools=[{up_to: 0.5, weight: 1}, {up_to: 0.5, weight: 0.5}]"],
+            "data.pools: up_to=[0.5, 0.5] must grow from pool to pool; put the hardest first",
+        ),
+        (["reward.overlong_target=0.1"], "reward.overlong_target=0.1 moves the strength of a penalty that"),
+        (
+            ["reward.overlong_target=0.1", "reward.overlong_cache=9", "reward.overlong_factor=5"],
+            "reward.overlong_factor=5.0 begins above reward.overlong_factor_max=4.0; lower it",
+        ),
+        (
             [*SMALL, "sampling.max_prompts=5"],
             "sampling.max_prompts=5 is below sampling.prompts_per_step=6; raise it",
         ),
@@ -166,6 +195,11 @@ def test_fields_that_do_not_go_together_are_refused(overrides, message):
     [
         [*SMALL, "batch.updates_per_step=6", "layout.data_parallel=4"],
         ["sampling.low=0.5", "sampling.high=0.5", "sampling.inclusive=true"],
+        ["sampling.metric=reward_std"],
+        ["sampling.metric=reward_mean", "sampling.low=-0.5", "sampling.high=2"],
+        ["data.sources=[{path: a.jsonl}, {path: b.jsonl, weight: 0.5}]"],
+        ["data.pools=[{up_to: 0, weight: 0.5}, {up_to: 1, weight: 0.5}]"],
+        ["reward.overlong_target=0.1", "reward.overlong_cache=9"],
         [*SMALL, "sampling.max_prompts=6"],
         ["rollout.max_tokens=100", "reward.overlong_cache=100"],
         ["data.max_prompt_tokens=10", "rollout.max_tokens=20", "batch.max_tokens=30"],

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from setuptools import find_packages
 from support.models import make_tiny_model
 
 from megatron_dapo import DAPOTrainer, preflight, train
 from megatron_dapo.errors import UserError
 from megatron_dapo.policy.control import RankZeroLost
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +300,32 @@ def test_the_api_refuses_keys_values_and_what_does_not_go_together():
     ):
         with pytest.raises(UserError, match=message.replace("?", r"\?")):
             DAPOTrainer("model", overrides=overrides)
+
+
+def test_the_api_has_all_four_techniques_on():
+    """Clip-higher, dynamic sampling, the token-level loss, overlong shaping (a fifth of the longest)."""
+    config = DAPOTrainer("Qwen2.5-32B", clip_epsilon=0.2, dynamic_sampling=True, max_length=4096).config
+    assert (config.objective.eps_low, config.objective.eps_high) == (0.2, 0.28)
+    assert config.sampling.dynamic and config.objective.kind == "dapo"
+    assert (config.reward.overlong_cache, config.reward.overlong_factor) == (819, 1.0)
+    longer = DAPOTrainer("model", overrides={"rollout.max_tokens": 20480})
+    assert longer.config.reward.overlong_cache == 4096
+    assert DAPOTrainer("model", overrides={"reward.overlong_cache": 0}).config.reward.overlong_cache == 0
+
+
+def test_dapo_is_another_name_of_the_package():
+    """As a wheel or an editable install has it: both packages, and the same class."""
+    import dapo
+    import megatron_dapo
+
+    assert dapo.DAPOTrainer is megatron_dapo.DAPOTrainer and dapo.RunConfig is megatron_dapo.RunConfig
+    with pytest.raises(AttributeError, match="'dapo' has no attribute 'other'"):
+        _ = dapo.other
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    include = pyproject["tool"]["setuptools"]["packages"]["find"]["include"]
+    found = find_packages(str(ROOT), include=include)
+    assert {"dapo", "megatron_dapo", "megatron_dapo.data"} <= set(found)
+    assert {name.split(".")[0] for name in found} == {"dapo", "megatron_dapo"}
 
 
 def test_the_api_takes_keys_of_a_section_inside_a_section():

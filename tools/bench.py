@@ -17,6 +17,7 @@
                                 [--tokens 512] [--message-bytes 16777216] [section.key=value ...]
     python tools/bench.py checkpoint --model FOLDER [--saves 5] [--folder DIR] [section.key=value ...]
     python tools/bench.py convert [--gigabytes 1] [--workers 1] [--repeats 3] [--folder DIR]
+    python tools/bench.py grade [--groups 500] [--repeats 5]
 
 `step`: whole training steps (collect, grade, update, sync) of a 3M-parameter model with random weights: 32
 prompts x 8 samples of 20 tokens, 2 data-parallel ranks, one vLLM server, strict (sampling.max_age=0). Seconds
@@ -94,6 +95,11 @@ file_copy: as many bytes in memory, and to a file. Files are flushed to the disk
 beside a copy of its file through one buffer, all onto the disk (fsync). Medians over the repeats, of seconds
 and of processor seconds (of the processes of --workers, too, once they have ended). peak_extra_bytes:
 resident memory of this process over what it had before.
+
+`grade`: answers a second through the grading pool with one worker: the rules dapo, auto, and math_verify for
+comparison (on a tenth of the groups). Groups of 16 responses of 30 to 500 words, 80 % of the answers
+integers, the others fractions and polynomials; half of the responses are right, some of them in another
+spelling. The best of the repeats, each on new numbers.
 """
 
 from __future__ import annotations
@@ -123,6 +129,7 @@ def main() -> None:
     _add_delta(commands)
     _add_checkpoint(commands)
     _add_convert(commands)
+    _add_grade(commands)
     options = parser.parse_args()
     print(json.dumps(importlib.import_module(f"benchmarks.{options.module}").run(options)))
 
@@ -233,6 +240,13 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     convert.add_argument("--repeats", type=int, default=3)
     convert.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary files)")
     convert.set_defaults(module="convert")
+
+
+def _add_grade(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    grade = commands.add_parser("grade", help="answers a second through the grading pool")
+    grade.add_argument("--groups", type=int, default=500, help="of 16 responses, in each repeat")
+    grade.add_argument("--repeats", type=int, default=5)
+    grade.set_defaults(module="grade")
 
 
 if __name__ == "__main__":

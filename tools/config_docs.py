@@ -52,7 +52,9 @@ def section_types() -> dict[str, type[BaseModel]]:
 
 
 def page(sections: Mapping[str, type[BaseModel]]) -> str:
-    """The whole page. ValueError names every key that has no description."""
+    """The whole page, of the second and later kinds of objective what differs from the first. ValueError
+    names every key that has no description.
+    """
     silent = [
         f"{name}.{key}"
         for name, section in sections.items()
@@ -63,18 +65,22 @@ def page(sections: Mapping[str, type[BaseModel]]) -> str:
         raise ValueError(
             f"no description for {', '.join(silent)}; add Field(description=...) in megatron_dapo/config/"
         )
-    parts = [HEAD]
+    parts, first = [HEAD], {}
     for name, section in sections.items():
-        rows = [
-            f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | "
+        rows = {
+            key: f"| `{key}` | {_escape(type_text(f))} | {_escape(default_text(f))} | "
             f"{_escape(f.description or '')} |"
             for key, f in fields(section)
-        ]
-        parts.append(
-            "\n".join(
-                [f"\n## {name}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
-            )
-        )
+        }
+        head = [f"\n## {name}\n"]
+        if name.startswith("objective") and first:
+            without = ", ".join(f"`{key}`" for key in first if key not in rows)
+            head += [f"As the first kind{f', without {without}' if without else ''}, but:\n"]
+            rows = {key: row for key, row in rows.items() if first.get(key) != row}
+        elif name.startswith("objective"):
+            first = rows
+        head += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        parts.append("\n".join([*head, *rows.values(), ""]))
     return "".join(parts)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dapo.data.prompts import load_rows
+from megatron_dapo.data.rows import load_rows
 
 # Around every problem of BytedTsinghua-SIA/DAPO-Math-17k and AIME-2024; data.template of
 # examples/configs/qwen32b.yaml.

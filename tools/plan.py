@@ -3,30 +3,37 @@
 
     python tools/plan.py sync --config examples/configs/qwen32b.yaml [section.key=value ...] [--json]
     python tools/plan.py sync --config examples/configs/qwen32b_async.yaml --engine-hosts 12
+    python tools/plan.py memory --config examples/configs/qwen32b.yaml [--gpu H100] [--json] [--plot OUT.png]
+    python tools/plan.py layouts --model Qwen/Qwen2.5-32B --gpus 128 [--config CONFIG.yaml] [--json]
 
 `sync`: the plan of a weight push (megatron_dapo/sync/plan.py): which bytes go over which link, what each rank
 sends and each engine worker receives, and the seconds that this takes at the stated bandwidths (planned, not
 measured). `rollout.engines` counts the engines of each host. They are on the hosts of the policy's ranks
 (colocated), or on --engine-hosts other hosts (disaggregated). `--json` prints one object with every number.
 
-What engines need is recorded from vLLM's own loaders on the meta device. Neither weights nor the network are
-needed: if model.path is no folder here, tools/model_configs/ has the config.json of the shipped
-configurations' models.
+What engines need is recorded from vLLM's own loaders on the meta device.
+
+`memory`: what lies in the GPUs' memory in each phase of a step, for every kind of rank, whether it fits, and
+seconds of the phases (megatron_dapo/planning/). `layouts`: a search over layouts, recomputation, micro-batch
+and engines, ranked by the estimated step. Assumptions and validation: docs/planning.md.
+
+Neither weights nor the network are needed: if model.path is no folder here, tools/model_configs/ has the
+config.json of the shipped configurations' models.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from plans import layouts, memory
+from plans.models import model_folder
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
@@ -46,9 +53,6 @@ from megatron_dapo.weights.block_fp8 import (
 )
 from megatron_dapo.weights.hf import DTYPES
 from megatron_dapo.weights.names import hf_shapes
-
-MODEL_CONFIGS = Path(__file__).parent / "model_configs"
-
 
 # --- sync -------------------------------------------------------------------------------
 
@@ -85,26 +89,6 @@ def plan_sync(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
         "manifest_bytes": manifest_bytes(plan, dtype),
         "planning_seconds": {"sink_tables": tabled - begin, "plan": planned - ready},
     }
-
-
-@contextlib.contextmanager
-def model_folder(path: str) -> Iterator[Path]:
-    """The folder `path`, or one made of the config.json that is kept here for a model of that name."""
-    if (Path(path) / "config.json").is_file():
-        yield Path(path)
-        return
-    known = MODEL_CONFIGS / f"{Path(path).name}.json"
-    if not known.is_file():
-        names = ", ".join(sorted(file.stem for file in MODEL_CONFIGS.glob("*.json")))
-        raise UserError(
-            f"model.path={path} is no folder with a config.json here, and none is kept for "
-            f"{Path(path).name}, only for {names}; give a folder (config.json and tokenizer are enough)"
-        )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copy(known, folder / "config.json")
-        (folder / "tokenizer.json").write_text("{}")  # is not read
-        yield folder
 
 
 def layout_sizes(model: ModelSpec) -> dict[str, int]:
@@ -211,13 +195,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             metavar="GB/s",
             help="of one rank or worker, one direction (default %(default)g, H100)",
         )
+    of_memory = commands.add_parser(
+        "memory",
+        usage="%(prog)s --config CONFIG.yaml [section.key=value ...] [options]",
+        allow_abbrev=False,
+        help="memory of the GPUs over a step",
+    )
+    of_memory.add_argument("--config", type=Path, required=True, metavar="CONFIG.yaml")
+    of_memory.add_argument("--json", action="store_true", help="print one JSON object")
+    of_memory.add_argument("--engine-hosts", type=int, default=1, help="hosts of engines, if not colocated")
+    memory.add_arguments(of_memory)
+    of_layouts = commands.add_parser(
+        "layouts",
+        usage="%(prog)s --model NAME --gpus N [--config CONFIG.yaml] [section.key=value ...] [options]",
+        allow_abbrev=False,
+        help="layouts that fit",
+    )
+    of_layouts.add_argument("--config", type=Path, metavar="CONFIG.yaml")
+    of_layouts.add_argument("--json", action="store_true", help="print one JSON object")
+    layouts.add_arguments(of_layouts)
     options, options.overrides = parser.parse_known_args(arguments)
     if wrong := [word for word in options.overrides if word.startswith("-") or "=" not in word]:
         parser.error(f"{wrong[0]} is neither an option nor of the form section.key=value")
-    for name, least in (("engine_hosts", 0), ("gpus_per_host", 1)):
-        if (value := getattr(options, name)) < least:
+    for name, least in (("engine_hosts", 0), ("gpus_per_host", 1), ("gpus", 1), ("best", 1)):
+        if (value := getattr(options, name, least)) < least:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least {least}")
-    for link in LINKS:
+    if getattr(options, "plot", None) and options.plot.suffix != ".png":
+        parser.error(f"--plot {options.plot} must end in .png")
+    if options.command == "layouts" and not (options.model or options.config):
+        parser.error("layouts needs --model or --config")
+    for link in LINKS if options.command == "sync" else ():
         if not getattr(options, link) > 0:
             parser.error(f"--{link.replace('_', '-')} {getattr(options, link)} must be above 0 GB/s")
     return options
@@ -226,11 +233,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        result = plan_sync(RunConfig.load(options.config, options.overrides), options)
+        if options.command == "layouts":
+            result, text = layouts.plan(options), layouts.as_text
+        else:
+            config = RunConfig.load(options.config, options.overrides)
+            is_sync = options.command == "sync"
+            result = plan_sync(config, options) if is_sync else memory.plan(config, options)
+            text = as_text if is_sync else memory.as_text
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if options.json else as_text(result))
+    print(json.dumps(result, indent=2) if options.json else text(result))
     return 0
 
 

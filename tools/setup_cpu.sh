@@ -39,7 +39,7 @@ say "checking the imports"
 (cd / && "$venv/bin/python" - <<'PY') || { say "the environment does not import; remove .venv and run this again"; exit 1; }
 import importlib.metadata, importlib.util, warnings
 warnings.simplefilter("ignore")
-import torch, megatron.core, transformers, vllm, math_verify, megatron_dapo
+import torch, megatron.core, transformers, vllm, math_verify, megatron_dapo, dapo
 assert not torch.version.cuda, "a CUDA build of torch was installed"
 for absent in ("torchvision", "torchaudio", "torchcodec"):
     assert importlib.util.find_spec(absent) is None, f"{absent} must be absent: its wheel does not load beside the CPU build of torch"

@@ -31,24 +31,34 @@ def logprobs_from_hidden(
     first: int = 0,
     group: dist.ProcessGroup | None = None,
     block_bytes: int = BLOCK_BYTES,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each label and entropy (nats, fp32, [R] each) of softmax(hidden @ weight.T /
     temperature).
 
     `weight_VH` is this rank's shard of the output layer, `first` the vocabulary index of its first row,
     `group` the tensor-parallel group (None: not sharded). Rows from `vocab_size` on are padding, with
-    probability and gradient 0. Only the log-probability carries a gradient. That of `hidden_RH` is this
-    rank's share: summing the shares over `group` is left to the caller (Megatron's
-    `copy_to_tensor_model_parallel_region` and `gather_from_sequence_parallel_region` do so).
+    probability and gradient 0. The log-probability carries a gradient, the entropy with `entropy_gradient`
+    only. That of `hidden_RH` is this rank's share: summing the shares over `group` is left to the caller
+    (Megatron's `copy_to_tensor_model_parallel_region` and `gather_from_sequence_parallel_region` do so).
     """
     return _Logprobs.apply(
-        hidden_RH, weight_VH, labels_R - first, vocab_size - first, temperature, group, block_bytes
+        hidden_RH,
+        weight_VH,
+        labels_R - first,
+        vocab_size - first,
+        temperature,
+        group,
+        block_bytes,
+        entropy_gradient,
     )  # type: ignore[return-value]
 
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, labels_R, width, temperature, group, block_bytes):
+    def forward(
+        ctx, hidden_RH, weight_VH, labels_R, width, temperature, group, block_bytes, entropy_gradient
+    ):
         """`labels_R` and `width` (vocabulary rows before the padding) count from this rank's first row."""
         hidden_RH, width = hidden_RH.to(weight_VH.dtype), max(0, min(width, len(weight_VH)))
         num_rows = max(1, block_bytes // (4 * max(1, len(labels_R))))
@@ -57,16 +67,22 @@ class _Logprobs(torch.autograd.Function):
             block = slice(start, min(start + num_rows, width))
             softmax.add(_logits(hidden_RH, weight_VH[block], temperature), start)
         logprobs_R, entropy_R, log_z_R = softmax.finish(group)
-        ctx.save_for_backward(hidden_RH, weight_VH, labels_R, log_z_R)
+        ctx.save_for_backward(hidden_RH, weight_VH, labels_R, log_z_R, entropy_R)
         ctx.width, ctx.temperature, ctx.num_rows = width, temperature, num_rows
-        ctx.mark_non_differentiable(entropy_R)
+        ctx.entropy_gradient = entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_R)
         return logprobs_R, entropy_R
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """With p the probabilities: d logprob / d logits = (onehot(label) - p) / temperature."""
-        hidden_RH, weight_VH, labels_R, log_z_R = ctx.saved_tensors
-        scale_R1 = (-grads[0] / ctx.temperature)[:, None]
+        """With p the probabilities and H the entropy: d logprob / d logits = (onehot(label) - p) /
+        temperature, and d H / d logits = -p (log p + H) / temperature.
+        """
+        hidden_RH, weight_VH, labels_R, log_z_R, entropy_R = ctx.saved_tensors
+        # what a row of slopes has in common
+        common_R = torch.ones_like(grads[0]) if ctx.entropy_gradient else grads[0]
+        scale_R1 = (-common_R / ctx.temperature)[:, None]
         scaled_RH = (hidden_RH * scale_R1).to(weight_VH.dtype)
         grad_hidden_RH = torch.zeros(hidden_RH.shape, device=hidden_RH.device)
         grad_weight_VH = torch.empty_like(weight_VH)
@@ -74,13 +90,16 @@ class _Logprobs(torch.autograd.Function):
         for start in range(0, ctx.width, ctx.num_rows):
             block = slice(start, min(start + ctx.num_rows, ctx.width))
             logits_RB = _logits(hidden_RH, weight_VH[block], ctx.temperature)
-            slope_RB = _minus_onehot(logits_RB.sub_(log_z_R[:, None]).exp_(), labels_R - start).to(
-                weight_VH.dtype
-            )
+            log_probs_RB = logits_RB.sub_(log_z_R[:, None])
+            if ctx.entropy_gradient:
+                slope_RB = _slope_with_entropy(log_probs_RB, labels_R - start, entropy_R, *grads)
+            else:
+                slope_RB = _minus_onehot(log_probs_RB.exp_(), labels_R - start)
+            slope_RB = slope_RB.to(weight_VH.dtype)
             torch.mm(slope_RB.T, scaled_RH, out=grad_weight_VH[block])
             grad_hidden_RH += slope_RB @ weight_VH[block]
-            del logits_RB, slope_RB  # or they would stand beside the next block's
-        return grad_hidden_RH.mul_(scale_R1), grad_weight_VH, *[None] * 5
+            del logits_RB, log_probs_RB, slope_RB  # or they would stand beside the next block's
+        return grad_hidden_RH.mul_(scale_R1), grad_weight_VH, *[None] * 6
 
 
 def _logits(hidden_CH: torch.Tensor, weight_BH: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -138,6 +157,18 @@ class _OnlineSoftmax:
 def _minus_onehot(probs_RB: torch.Tensor, labels_R: torch.Tensor) -> torch.Tensor:
     index_R, here_R = _local(labels_R, probs_RB.shape[1])
     return probs_RB.scatter_add_(1, index_R[:, None], -here_R[:, None].float())
+
+
+def _slope_with_entropy(
+    log_probs_RB: torch.Tensor,
+    labels_R: torch.Tensor,
+    entropy_R: torch.Tensor,
+    grad_logprob_R: torch.Tensor,
+    grad_entropy_R: torch.Tensor,
+) -> torch.Tensor:
+    probs_RB = log_probs_RB.exp()
+    of_entropy_RB = log_probs_RB.add_(entropy_R[:, None]).mul_(probs_RB).mul_(grad_entropy_R[:, None])
+    return of_entropy_RB.add_(_minus_onehot(probs_RB, labels_R).mul_(grad_logprob_R[:, None]))
 
 
 def _local(labels_R: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

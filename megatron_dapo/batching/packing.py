@@ -154,7 +154,8 @@ def flatten(
         tokens_T=torch.cat([s.tokens for s in samples]),
         response_mask_T=torch.cat([s.response_mask for s in samples]),
         advantages_T=torch.cat([s.advantages for s in samples]),
-        streams={Stream.ROLLOUT_LOGPROBS: torch.cat([s.rollout_logprobs for s in samples])},
+        streams={Stream.ROLLOUT_LOGPROBS: torch.cat([s.rollout_logprobs for s in samples])}
+        | {name: torch.cat([s.streams[name] for s in samples]) for name in samples[0].streams},
         lengths=tuple(len(s.tokens) for s in samples),
         prompt_N=torch.tensor([s.prompt_position for s in samples], dtype=torch.int64),
         number_N=torch.tensor([s.number for s in samples], dtype=torch.int64),

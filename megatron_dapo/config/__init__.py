@@ -19,12 +19,15 @@ from typing import Any, get_args
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from megatron_dapo.config.data import DataConfig, PoolConfig, SourceConfig
 from megatron_dapo.config.objective import KINDS, AnyObjective, DapoConfig, ObjectiveSection, kind_of
+from megatron_dapo.config.objective_models import DpoConfig, PpoConfig
+from megatron_dapo.config.reward import RewardConfig
 from megatron_dapo.config.rollout import RolloutConfig
+from megatron_dapo.config.sampling import SamplingConfig
 from megatron_dapo.config.sections import (
     BatchConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     Fp8Config,
     LayoutConfig,
@@ -32,9 +35,7 @@ from megatron_dapo.config.sections import (
     OptimizerConfig,
     PolicyConfig,
     ReportConfig,
-    RewardConfig,
     RunSection,
-    SamplingConfig,
     Section,
     SyncConfig,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "CheckpointConfig",
     "DapoConfig",
     "DataConfig",
+    "DpoConfig",
     "EvaluationConfig",
     "Fp8Config",
     "LayoutConfig",
@@ -52,6 +54,8 @@ __all__ = [
     "ObjectiveSection",
     "OptimizerConfig",
     "PolicyConfig",
+    "PpoConfig",
+    "PoolConfig",
     "ReportConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -59,6 +63,7 @@ __all__ = [
     "RunSection",
     "SamplingConfig",
     "Section",
+    "SourceConfig",
     "SyncConfig",
     "nested_sections",
     "register_objective",
@@ -200,4 +205,6 @@ def _explain(error: Any, values: Any) -> str:
         return f"unknown key {where}{chosen}; did you mean {nearest}?"
     if error["type"] == "missing":
         return f"{where} is required"
+    if error["type"] == "value_error":  # of a section's own rule, which names its key and value
+        return f"{where}.{error['ctx']['error']}"
     return f"{where}={error['input']!r}: {error['msg']}"

@@ -1,7 +1,7 @@
-"""Every section of a run's configuration but rollout and objective: fields with bounds, default, meaning and
-unit.
+"""The sections of a run's configuration that have no file of their own: fields with bounds, default, meaning
+and unit.
 
-Rules between fields are in preflight.py and policy/rules.py.
+Rules between fields are in preflight.py, policy/rules.py and data/rules.py.
 """
 
 from __future__ import annotations
@@ -120,58 +120,6 @@ class PolicyConfig(Section):
     )
 
 
-class SamplingConfig(Section):
-    prompts_per_step: PositiveInt = Field(
-        default=512, description="K: a step trains on the first K informative groups of the stream."
-    )
-    samples_per_prompt: int = Field(default=16, ge=2, description="G: completions of each prompt.")
-    dynamic: bool = Field(default=True, description="Dynamic sampling; false accepts every group.")
-    low: float = Field(
-        default=0.0, ge=0, le=1, description="A group is informative if low < accuracy < high."
-    )
-    high: float = Field(default=1.0, ge=0, le=1, description="Upper end of that window.")
-    inclusive: bool = Field(default=False, description="low <= accuracy <= high instead.")
-    adaptive: bool = Field(
-        default=False,
-        description="At the cap, widen the window step by step to (0, 1) exclusive before on_cap applies.",
-    )
-    max_prompts: PositiveInt | None = Field(
-        default=None, description="Most prompts sampled in one step; default 10 x prompts_per_step."
-    )
-    on_cap: Literal["error", "train_smaller_batch"] = Field(
-        default="error", description="What to do when max_prompts is reached."
-    )
-    max_age: int = Field(
-        default=1,
-        ge=0,
-        description="0, strict: what lies behind the K-th informative group is sampled anew by the next "
-        "policy. a >= 1, aged: it stays, and no prompt is launched to be trained on more than a steps later.",
-    )
-
-    @property
-    def prompt_cap(self) -> int:
-        return self.max_prompts or 10 * self.prompts_per_step
-
-
-class RewardConfig(Section):
-    verifier: str = Field(
-        default="dapo",
-        description="'dapo', 'math_verify' or 'package.module:function(response, answer) -> bool'.",
-    )
-    workers: PositiveInt = Field(default=1, description="Grading processes.")
-    timeout_s: float = Field(
-        default=10.0,
-        gt=0,
-        description="A grade that takes longer is killed and counted; its response is not trained on.",
-    )
-    overlong_cache: int = Field(
-        default=0,
-        ge=0,
-        description="L_cache: tokens before max_tokens over which the penalty grows to -1; 0: off.",
-    )
-    overlong_filter: bool = Field(default=False, description="Mask truncated samples out of the loss.")
-
-
 class OptimizerConfig(Section):
     lr: float = Field(default=1e-6, gt=0, description="Learning rate of AdamW, after warm-up.")
     min_lr: float = Field(default=0.0, ge=0, description="Where a cosine decay ends.")
@@ -221,28 +169,6 @@ class BatchConfig(Section):
         default=1, description="Optimizer updates made of one rollout batch."
     )
     max_tokens: PositiveInt = Field(default=16384, description="Token budget of one packed micro-batch.")
-
-
-class DataConfig(Section):
-    path: str | None = Field(default=None, description="JSONL or Parquet file, one problem a row.")
-    prompt_key: str = Field(default="prompt", description="Field of a row that holds the problem.")
-    answer_key: str = Field(default="answer", description="Field of a row that holds the reference answer.")
-    template: str = Field(default="{prompt}", description="Text around the problem; must hold {prompt}.")
-    chat: bool = Field(
-        default=False, description="Wrap the text as a user message in the tokenizer's chat template."
-    )
-    few_shot: list[dict[str, str]] = Field(
-        default=[], description="Worked examples {prompt, response} put before each problem (chat only)."
-    )
-    max_prompt_tokens: PositiveInt = Field(
-        default=2048, description="Longer prompts are counted and skipped."
-    )
-    shuffle: bool = Field(
-        default=True, description="A new order every epoch, from run.seed; false: file order."
-    )
-    epochs: PositiveInt | None = Field(
-        default=None, description="Passes over the data before the run ends; null: until run.max_steps."
-    )
 
 
 class CheckpointConfig(Section):

@@ -19,7 +19,8 @@ from megatron_dapo.weights.names import ROWS, Row
 
 # What a training checkpoint holds beside the model. The parts of an optimizer may be numbered.
 _OTHERS = re.compile(
-    r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine|opt_param_scheduler|.*\._extra_state"
+    r"(chained_\d+\.)?optimizer\.|value_model\.|rng_state|rerun_state_machine|opt_param_scheduler|"
+    r".*\._extra_state"
 )
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
 _LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.+)")

@@ -96,12 +96,12 @@ class Conversion:
         there, or the disk is too small.
         """
         job = self.job
-        _check_target(job.out)
+        check_target(job.out)
         job.records.mkdir(parents=True, exist_ok=True)
         (job.partial / self._output.subfolder).mkdir(exist_ok=True)
         lock = writer_lock.take(job.records / "lock", launch)
         try:
-            _check_target(job.out)  # another one may have finished meanwhile
+            check_target(job.out)  # another one may have finished meanwhile
             self._describe()
             self._check_disk()
         except BaseException:
@@ -266,7 +266,7 @@ def _cut(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return runs
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} exists; nothing is overwritten: delete it or choose another")
 

@@ -1,202 +1,104 @@
-"""The prompt stream: rows of a file in a deterministic order, rendered and tokenised when they are reached.
+"""The prompt stream: rows of one or several sources in a deterministic order, rendered and tokenised when
+they are reached (docs/data.md).
 
-    rows = load_rows("train.jsonl", "prompt", "answer")
-    stream = PromptStream(rows, tokenizer, config.data, seed=config.run.seed)
+    stream = PromptStream(load_sources(config.data), tokenizer, config.data, seed=config.run.seed)
     prompt = stream.next()               # None after the last epoch
 
-A *slot* is a place in the shuffled epochs laid end to end. Slots whose prompt is too long are skipped, so
-`slot = position + number of slots skipped so far`: the cursor is a position and the list of skipped slots.
+A source's rows are shuffled anew each epoch, and its epochs laid end to end. A *turn* is a place there: its
+prompt is taken, or passed over because it is too long, solved, or of a pool that is taken less often.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import json
 import logging
-import math
 import random
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_dapo.config import DataConfig
+from megatron_dapo.data.history import History, Known
+from megatron_dapo.data.rows import Row
 from megatron_dapo.errors import UserError
 from megatron_dapo.types import Prompt
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-READ_ROWS = 4096  # rows of a Parquet file or a Dataset held as Python objects at once
+MOST_PASSES = 1000  # over a source without a prompt that is taken, before that is an error
+PassedOver = Literal["long", "solved", "pool"]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One problem as the file has it: no template, no tokens."""
-
-    prompt: str
-    answer: str
-
-
-def load_rows(
-    source: str | Path | Sequence[Mapping[str, Any]] | datasets.Dataset,
-    prompt_key: str,
-    answer_key: str,
-    field: str = "data.path",
-) -> list[Row]:
-    """Read every problem of a JSONL or Parquet file, a list of dicts or a `datasets.Dataset`.
-
-    Numbers become text ("42" for 42 and 42.0). UserError names the file, the line and the remedy; `field` is
-    the configuration key that holds the path.
+@dataclass(slots=True)
+class Source:
+    """The rows of one source in the order of their turns. first: number of its first row among those of all
+    sources. key: what its shuffling is seeded with. turn: the next one.
     """
-    if isinstance(source, str | Path):
-        items = _read_file(Path(source), prompt_key, answer_key, field)
-    elif isinstance(source, Sequence):
-        items = ((f"row {index}", item) for index, item in enumerate(source))
-    else:
-        items = _read_dataset(source, prompt_key, answer_key)
-    rows = [_make_row(item, prompt_key, answer_key, where) for where, item in items]
-    if not rows:
-        raise UserError(f"{field}: {_name(source)} has no rows; give it at least one problem")
-    return rows
 
+    name: str | None
+    rows: Sequence[Row]
+    first: int
+    weight: float
+    key: str
+    shuffle: bool
+    epochs: int | None
+    turn: int = 0
+    _order: tuple[int, Sequence[int]] = field(default=(-1, ()))  # (epoch, its order)
 
-def _name(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else f"the given {type(source).__name__}"
+    @property
+    def has_ended(self) -> bool:
+        return self.epochs is not None and self.turn >= self.epochs * len(self.rows)
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return "data.path" if self.name is None else f"data.sources {self.name!r}"
 
-def _read_file(path: Path, prompt_key: str, answer_key: str, field: str) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"{field}={path} {what}; give a .jsonl or .parquet file (tools/download_data.py makes one)"
-        )
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    if path.suffix == ".parquet":
-        return _read_parquet(path, prompt_key, answer_key, field)
-    raise UserError(
-        f"{field}={path} ends in {path.suffix!r}; give a .jsonl file (one JSON object a line) or a .parquet "
-        f"file"
-    )
+    def take_turn(self) -> int:
+        """The number of its row whose turn it is."""
+        epoch, place = divmod(self.turn, len(self.rows))
+        self.turn += 1
+        return self._epoch_order(epoch)[place]
 
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; nested thousands deep
-                raise UserError(
-                    f"{path}, line {number}: not a JSON object on one line ({error}); correct or delete it"
-                ) from error
-            yield f"{path}, line {number}", row
-
-
-def _read_parquet(path: Path, prompt_key: str, answer_key: str, field: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_keys(file.schema_arrow.names, prompt_key, answer_key, str(path))
-            index = 0
-            for batch in file.iter_batches(READ_ROWS, columns=[prompt_key, answer_key]):
-                for item in batch.to_pylist():
-                    yield f"{path}, row {index}", item
-                    index += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{field}={path} cannot be read as Parquet ({error}); download or write it again"
-        ) from error
-
-
-def _read_dataset(dataset: datasets.Dataset, prompt_key: str, answer_key: str) -> Iterator[tuple[str, Any]]:
-    _check_keys(dataset.column_names, prompt_key, answer_key, "the given Dataset")
-    columns = dataset.select_columns([prompt_key, answer_key]).with_format(None)
-    for start in range(0, len(columns), READ_ROWS):
-        part = columns[start : start + READ_ROWS]
-        for index, (prompt, answer) in enumerate(
-            zip(part[prompt_key], part[answer_key], strict=True), start=start
-        ):
-            yield f"row {index}", {prompt_key: prompt, answer_key: answer}
-
-
-def _check_keys(keys: Sequence[str], prompt_key: str, answer_key: str, where: str) -> None:
-    for option, key in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
-        if key not in keys:
-            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-            remedy = (
-                f"did you mean {option}={nearest[0]}?"
-                if nearest
-                else "a row is an object with a prompt and an answer"
-            )
-            raise UserError(f"{where}: no key {key!r} ({option}) among {list(keys)}; {remedy}")
-
-
-def _make_row(item: Any, prompt_key: str, answer_key: str, where: str) -> Row:
-    if not isinstance(item, Mapping):
-        raise UserError(f"{where}: a row is an object with a prompt and an answer, got {type(item).__name__}")
-    _check_keys(list(item), prompt_key, answer_key, where)
-    prompt, answer = item[prompt_key], item[answer_key]
-    if not isinstance(prompt, str):
-        raise UserError(
-            f"{where}: {prompt_key!r} must be text, got {type(prompt).__name__}; "
-            f"take the text out of chat messages with tools/download_data.py --prompt-path "
-            f"{prompt_key}.0.content"
-        )
-    if not prompt.strip():
-        raise UserError(f"{where}: {prompt_key!r} is empty; delete the row")
-    return Row(prompt, _answer_text(answer, answer_key, where))
-
-
-def _answer_text(answer: Any, answer_key: str, where: str) -> str:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise UserError(
-            f"{where}: {answer_key!r} must be text or a number, got {answer!r}; correct it or set "
-            f"data.answer_key"
-        )
-    if isinstance(answer, float):
-        if not math.isfinite(answer):
-            raise UserError(
-                f"{where}: {answer_key!r} is {answer!r}, no response can match it; correct or delete the row"
-            )
-        # An integer column with gaps is read as floats; "42.0" would never equal the response "42".
-        return str(int(answer)) if answer.is_integer() else str(answer)
-    if not str(answer).strip():
-        raise UserError(f"{where}: {answer_key!r} is empty, no response can match it; delete the row")
-    return str(answer)
+    def _epoch_order(self, epoch: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(len(self.rows))
+        if self._order[0] != epoch:
+            order = array("q", range(len(self.rows)))
+            random.Random(f"{self.key}/{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
 
 
 class PromptStream:
-    """Prompts in the order that (seed, epoch) shuffles them to, endless or `config.epochs` long, resumable at
-    any position.
+    """Prompts of all sources, endless or until each source has had `config.epochs`, resumable anywhere.
 
-    `position` is the position of the next prompt: it counts delivered prompts over the whole run, without
-    gaps. `skipped_long` counts the prompts skipped up to here because they exceed `data.max_prompt_tokens`.
+    sources: rows by the source's name, None where there is only data.path. lag: a prompt is chosen knowing
+    the verdicts of all positions more than `lag` before it, and no others; the caller must have recorded them
+    by then. `position` is that of the next prompt: it counts delivered prompts over the whole run, without
+    gaps. `passed_over` counts the turns at which a prompt was not taken, by reason.
     """
 
     def __init__(
-        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, seed: int
+        self,
+        sources: Mapping[str | None, Sequence[Row]],
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        seed: int,
+        *,
+        lag: int = 0,
     ) -> None:
-        if not rows:
-            raise UserError("data.path has no rows; give it at least one problem")
         self.position = 0
-        self._rows, self._tokenizer, self._config, self._seed = rows, tokenizer, config, seed
-        self._skipped: list[int] = []
-        self._order: tuple[int, Sequence[int]] = (-1, ())  # (epoch, its order)
+        self.passed_over: Counter[PassedOver] = Counter()
+        self._tokenizer, self._config, self._seed, self._lag = tokenizer, config, seed, lag
+        self._sources = _make_sources(sources, config, seed)
+        self._history = History(config.skip_solved, config.solved)
         self._digest: str | None = None
         self._shots = _few_shot_messages(config)
         if config.chat and not tokenizer.chat_template:
@@ -204,70 +106,52 @@ class PromptStream:
                 f"data.chat=true but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
                 "use an instruct model's tokenizer or set data.chat=false with a data.template"
             )
-        _warn_duplicates(rows)
-
-    def __len__(self) -> int:
-        """Rows of one epoch."""
-        return len(self._rows)
-
-    @property
-    def skipped_long(self) -> int:
-        return len(self._skipped)
-
-    @property
-    def epoch(self) -> int:
-        """Which pass over the data the next prompt belongs to, from 0."""
-        return (self.position + len(self._skipped)) // len(self._rows)
+        _warn_duplicates(list(chain.from_iterable(sources.values())))
 
     def next(self) -> Prompt | None:
         """The next prompt, None at the end of the last epoch. UserError when a whole pass finds every prompt
         too long.
         """
-        limit = self._config.max_prompt_tokens
-        for _ in range(len(self._rows)):
-            slot = self.position + len(self._skipped)
-            epoch, index = divmod(slot, len(self._rows))
-            if self._config.epochs is not None and epoch >= self._config.epochs:
-                return None
-            prompt = self._render(self._epoch_order(epoch)[index])
-            if len(prompt.tokens) <= limit:
+        self._history.reveal(self.position - self._lag)
+        while going := [source for source in self._sources if not source.has_ended]:
+            prompt = self._next_of(self._choose(going))
+            if prompt is not None:
                 self.position += 1
                 return prompt
-            self._skipped.append(slot)
-            if str(self.skipped_long).strip("0") == "1":  # the 1st, 10th, 100th ...
-                log.warning(
-                    f"data.path row {prompt.row}: {len(prompt.tokens)} tokens exceed "
-                    f"data.max_prompt_tokens={limit}; "
-                    f"skipped ({self.skipped_long} so far)"
-                )
-        raise UserError(
-            f"data.path: all {len(self._rows)} prompts are longer than data.max_prompt_tokens={limit}; raise "
-            f"it "
-            "(and batch.max_tokens with it) or shorten data.template and data.few_shot"
-        )
+        return None
 
-    def rewind(self, position: int) -> None:
-        """Deliver again from an earlier position (or stay, at the present one)."""
-        if not 0 <= position <= self.position:
-            raise ValueError(
-                f"cannot rewind to position {position}: the stream has delivered positions below "
-                f"{self.position}"
-            )
-        # Skipped slot number i has `skipped[i] - i` prompts before it.
-        kept = bisect_left(range(len(self._skipped)), position, key=lambda i: self._skipped[i] - i)
-        del self._skipped[kept:]
-        self.position = position
+    def record(self, prompt: Prompt, accuracy: float) -> None:
+        """A step has consumed the prompt's group; to be called for each, in stream order."""
+        self._history.record(prompt.position, prompt.row, accuracy)
+
+    def metrics(self) -> dict[str, float]:
+        """How far the data have been gone through, under public names (docs/metrics.md)."""
+        num_rows = sum(len(source.rows) for source in self._sources)
+        return {
+            "data/epochs": sum(source.turn for source in self._sources) / num_rows,
+            "data/seen": self._history.num_seen / num_rows,
+            "data/solved": self._history.num_solved / num_rows,
+            "data/passed_over_long": self.passed_over["long"],
+            "data/passed_over_solved": self.passed_over["solved"],
+            "data/passed_over_pool": self.passed_over["pool"],
+        }
 
     def state(self) -> dict[str, Any]:
-        """The cursor as JSON values."""
-        return {"position": self.position, "skipped": list(self._skipped), **self._identity()}
+        """The cursor and the history as JSON values."""
+        return {
+            "position": self.position,
+            "turns": [source.turn for source in self._sources],
+            "passed_over": dict(self.passed_over),
+            "history": self._history.state(),
+            **self._identity(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`. UserError when the data, the seed or shuffling differ: positions would
         mean other prompts.
         """
         remedies = {
-            "data": "data.path holds other problems than the run was started with",
+            "data": "data.path (or data.sources) holds other problems than the run was started with",
             "seed": "run.seed differs from the run's",
             "shuffle": "data.shuffle differs from the run's",
         }
@@ -277,28 +161,76 @@ class PromptStream:
                     f"cannot resume the prompt stream: {remedies[key]} ({state[key]!r} then, {value!r} now); "
                     "restore it, or start a new run with another run.dir"
                 )
-        self.position, self._skipped = state["position"], list(state["skipped"])
+        self.position, self.passed_over = state["position"], Counter(state["passed_over"])
+        for source, turn in zip(self._sources, state["turns"], strict=True):
+            source.turn = turn
+        self._history.load_state(state["history"])
 
     def _identity(self) -> dict[str, Any]:
         if self._digest is None:
             digest = hashlib.sha256()
-            for row in self._rows:
-                text = f"{len(row.prompt)} {len(row.answer)} {row.prompt}{row.answer}"
-                digest.update(text.encode("utf-8", "surrogatepass"))
+            for source in self._sources:
+                digest.update(f"{source.name} {len(source.rows)} ".encode())
+                for row in source.rows:
+                    text = f"{len(row.prompt)} {len(row.answer)} {row.prompt}{row.answer}"
+                    digest.update(text.encode("utf-8", "surrogatepass"))
             self._digest = digest.hexdigest()[:16]
         return {"data": self._digest, "seed": self._seed, "shuffle": self._config.shuffle}
 
-    def _epoch_order(self, epoch: int) -> Sequence[int]:
-        if not self._config.shuffle:
-            return range(len(self._rows))
-        if self._order[0] != epoch:
-            order = array("q", range(len(self._rows)))
-            random.Random(f"prompts/{self._seed}/{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1]
+    def _choose(self, sources: Sequence[Source]) -> Source:
+        """Whose turn it is at this position, by weight."""
+        if len(sources) == 1:
+            return sources[0]
+        chance = random.Random(f"sources/{self._seed}/{self.position}")
+        return chance.choices(sources, [source.weight for source in sources])[0]
 
-    def _render(self, row: int) -> Prompt:
-        text = self._config.template.replace("{prompt}", self._rows[row].prompt)
+    def _next_of(self, source: Source) -> Prompt | None:
+        """The next prompt of this source; None when it ends before there is one."""
+        limit, too_long = self._config.max_prompt_tokens, set[int]()
+        for _ in range((self._config.skip_solved + MOST_PASSES) * len(source.rows)):
+            if source.has_ended:
+                return None
+            turn, index = source.turn, source.take_turn()
+            known = self._history.of(source.first + index)
+            if known is not None and (reason := self._passes_over(source, turn, known)):
+                self.passed_over[reason] += 1
+                continue
+            prompt = self._render(source, index)
+            if len(prompt.tokens) <= limit:
+                return prompt
+            self._pass_over_long(source, index, len(prompt.tokens))
+            too_long.add(index)
+            if len(too_long) == len(source.rows):
+                raise UserError(
+                    f"{source.where}: all {len(source.rows)} prompts are longer than "
+                    f"data.max_prompt_tokens={limit}; raise it (and batch.max_tokens with it) or shorten "
+                    f"data.template and data.few_shot"
+                )
+        raise UserError(
+            f"{source.where}: no prompt was taken in {MOST_PASSES} passes; raise the weights of data.pools"
+        )
+
+    def _passes_over(self, source: Source, turn: int, known: Known) -> PassedOver | None:
+        """Why a row that was seen before is not taken at this turn."""
+        if known.rest:
+            known.rest -= 1
+            return "solved"
+        weight = next((p.weight for p in self._config.pools if known.pass_rate <= p.up_to), 1.0)
+        chance = random.Random(f"pools/{source.key}/{turn}") if weight < 1 else None
+        return "pool" if chance and chance.random() >= weight else None
+
+    def _pass_over_long(self, source: Source, index: int, num_tokens: int) -> None:
+        self.passed_over["long"] += 1
+        number = self.passed_over["long"]
+        if str(number).strip("0") == "1":  # the 1st, 10th, 100th ...
+            log.warning(
+                f"{source.where} row {index}: {num_tokens} tokens exceed "
+                f"data.max_prompt_tokens={self._config.max_prompt_tokens}; skipped ({number} so far)"
+            )
+
+    def _render(self, source: Source, index: int) -> Prompt:
+        row = source.rows[index]
+        text = self._config.template.replace("{prompt}", row.prompt)
         if self._config.chat:
             messages = [*self._shots, {"role": "user", "content": text}]
             text = str(
@@ -309,12 +241,31 @@ class PromptStream:
         tokens = self._tokenizer(text, add_special_tokens=not self._config.chat, verbose=False)["input_ids"]
         if not tokens:
             raise UserError(
-                f"data.path row {row}: the tokenizer makes no tokens of {text!r}; delete the row or change "
-                f"data.template"
+                f"{source.where} row {index}: the tokenizer makes no tokens of {text!r}; delete the row or "
+                f"change data.template"
             )
         return Prompt(
-            position=self.position, row=row, text=text, answer=self._rows[row].answer, tokens=tuple(tokens)
+            position=self.position,
+            row=source.first + index,
+            text=text,
+            answer=row.answer,
+            tokens=tuple(tokens),
+            rule=row.rule,
+            source=source.name,
         )
+
+
+def _make_sources(rows: Mapping[str | None, Sequence[Row]], config: DataConfig, seed: int) -> list[Source]:
+    weights = {source.label: source.weight for source in config.sources}
+    sources, first = [], 0
+    for name, its_rows in rows.items():
+        if not its_rows:
+            raise UserError("data.path has no rows; give it at least one problem")
+        key = f"prompts/{seed}" if name is None else f"prompts/{seed}/{name}"
+        weight = 1.0 if name is None else weights[name]
+        sources.append(Source(name, its_rows, first, weight, key, config.shuffle, config.epochs))
+        first += len(its_rows)
+    return sources
 
 
 def _few_shot_messages(config: DataConfig) -> list[dict[str, str]]:
@@ -337,7 +288,7 @@ def _warn_duplicates(rows: Sequence[Row]) -> None:
     if distinct == len(rows):
         return
     log.warning(
-        f"data.path: {len(rows)} rows hold only {distinct} distinct prompts, so one epoch is "
+        f"data: {len(rows)} rows hold only {distinct} distinct prompts, so one epoch is "
         f"{len(rows) / distinct:.3g} passes "
         "over them (DAPO-Math-17k repeats every prompt 100 times). All rows stay; tools/download_data.py "
         "--dedup drops repeats."

@@ -2,9 +2,10 @@
 that correct it.
 
 Legend: T response tokens of one micro-batch. w = p_policy / p_engine = exp(old_logprobs - rollout_logprobs),
-of a token or, as the product over its tokens, of a whole response. Truncated w: Yao et al. 2025; masked w:
-IcePop (arXiv 2510.18855) for tokens, Liu et al. 2025 for sequences. Carried groups are covered too: their w
-holds the age of the weights that sampled them.
+of a token or, as the product over its tokens or their geometric mean, of a whole response. Truncated w: Yao
+et al. 2025; masked w: IcePop (arXiv 2510.18855) for tokens, Liu et al. 2025 for sequences; a mask by the
+second moment of log w: M2PO (arXiv 2510.01161). Carried groups are covered too: their w holds the age of the
+weights that sampled them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-# |log w| beyond this is cut: the product over a long response overflows `exp`, and no bound reaches so far
-LOG_LIMIT = 20.0
+from megatron_dapo.objectives.base import LOG_LIMIT, SumOverRanks
+from megatron_dapo.types import Batch, Stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,36 +40,41 @@ def importance_weights(
     rollout_logprobs_T: torch.Tensor,
     samples_T: torch.Tensor,
     *,
-    level: Literal["token", "sequence"],
+    level: Literal["token", "sequence", "geometric"],
     num_samples: int,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """w of every token, detached float64 [T]; with level 'sequence' all tokens of a sample have the same.
+    """w of every token, detached float64 [T]; with level 'sequence' (the product of w) and 'geometric' (its
+    geometric mean) all tokens of a sample have the same.
 
     `samples_T` says which of the `num_samples` samples a token belongs to. `group`: ranks that hold other
-    tokens of the same samples (context parallelism), collective for 'sequence'; None when every sample is
-    whole here.
+    tokens of the same samples (context parallelism), collective for levels above 'token'; None when every
+    sample is whole here.
     """
     log_T = old_logprobs_T.detach().double() - rollout_logprobs_T.double()
-    if level == "sequence":
-        log_N = log_T.new_zeros(num_samples).index_add_(0, samples_T, log_T)
+    if level != "token":
+        sums_2N = log_T.new_zeros(2, num_samples)
+        sums_2N.index_add_(1, samples_T, torch.stack([log_T, torch.ones_like(log_T)]))
         if group is not None and dist.get_world_size(group) > 1:
-            dist.all_reduce(log_N, group=group)
-        log_T = log_N[samples_T]
+            dist.all_reduce(sums_2N, group=group)
+        log_N, count_N = sums_2N
+        log_T = (log_N if level == "sequence" else log_N / count_N.clamp(min=1))[samples_T]
     return log_T.clamp(-LOG_LIMIT, LOG_LIMIT).exp()
 
 
 def correct(
     weights_T: torch.Tensor,
     *,
-    correction: Literal["auto", "none", "truncate", "mask"],
+    correction: Literal["auto", "none", "truncate", "mask", "second_moment"],
     low: float | None,
     high: float,
+    kept_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each token's term of the loss is multiplied with (fp32), and which tokens stay in it: [T] each.
 
     'truncate': min(w, high), all stay. 'mask': w where low <= w <= high, the others leave the loss and its
-    denominator. ('auto' has become another by then: ObjectiveSection.resolved.)
+    denominator. 'second_moment': w where `kept_T` (Stream.KEPT, by `with_second_moment_mask`) is not 0.
+    ('auto' has become another by then: ObjectiveSection.resolved.)
     """
     assert correction != "auto"
     stay_T = torch.ones_like(weights_T, dtype=torch.bool)
@@ -76,8 +82,34 @@ def correct(
         return torch.ones_like(weights_T, dtype=torch.float32), stay_T
     if correction == "truncate":
         return weights_T.clamp(max=high).float(), stay_T
-    stay_T = (weights_T >= (low or 0.0)) & (weights_T <= high)
+    if correction == "second_moment":
+        assert kept_T is not None, "the mask of the step is missing"
+        stay_T = kept_T != 0
+    else:
+        stay_T = (weights_T >= (low or 0.0)) & (weights_T <= high)
     return weights_T.float(), stay_T
+
+
+def with_second_moment_mask(batch: Batch, sum_over_ranks: SumOverRanks, limit: float) -> Batch:
+    """The batch with Stream.KEPT: 0 for the trained tokens with the largest |log w| of the step, so many that
+    the mean of (log w)^2 over the others is at most `limit` (M2PO). Collective.
+    """
+    old_T, rollout_T = (batch.streams[s].double() for s in (Stream.OLD_LOGPROBS, Stream.ROLLOUT_LOGPROBS))
+    log_T = (old_T - rollout_T).abs().clamp(max=LOG_LIMIT)
+    log_R = log_T[batch.response_mask_T]
+
+    def moment(bound: float) -> float:
+        kept_R = log_R[log_R <= bound]
+        total, count = sum_over_ranks(torch.stack([kept_R.square().sum(), kept_R.new_tensor(len(kept_R))]))
+        return float(total / count.clamp(min=1))
+
+    low, high = limit**0.5, LOG_LIMIT  # with the first bound the mean is small enough in any case
+    if moment(high) <= limit:
+        return batch.with_stream(Stream.KEPT, torch.ones(len(log_T)))
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if moment(middle) <= limit else (low, middle)
+    return batch.with_stream(Stream.KEPT, (log_T <= low).float())
 
 
 def mismatch_sums(

@@ -161,6 +161,7 @@ def response_logprobs(
     *,
     vocab_size: int,
     temperature: float,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy [R] of the trained tokens, at the sampling temperature, without the padded
     vocabulary.
@@ -175,4 +176,5 @@ def response_logprobs(
         temperature=temperature,
         first=len(weight_VH) * session.tp_rank,
         group=session.tp_group,
+        entropy_gradient=entropy_gradient,
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_dapo.config import Fp8Config
+from megatron_dapo.config import Fp8Config, RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import ModelSpec
@@ -55,6 +55,14 @@ def ddp_fields(fp8: Fp8Config | None) -> dict[str, Any]:
         fp8_param_gather=fp8.param_gather,
         reuse_grad_buf_for_mxfp8_param_ag=fp8.param_gather and fp8.recipe == "mxfp8",
     )
+
+
+def with_whole_weights(config: RunConfig) -> RunConfig:
+    """The configuration for a model whose weights are kept as they are and quantised as they are used."""
+    if config.policy.fp8 is None:
+        return config
+    fp8 = config.policy.fp8.model_copy(update={"param_gather": False})
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"fp8": fp8})})
 
 
 def optimizer_fields(fp8: Fp8Config | None) -> dict[str, Any]:

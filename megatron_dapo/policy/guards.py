@@ -53,8 +53,9 @@ class Guard:
     the same on each.
     """
 
-    def __init__(self, config: OptimizerConfig, session: Session) -> None:
+    def __init__(self, config: OptimizerConfig, session: Session, *, name: str = "policy") -> None:
         self.config = config
+        self.prefix = "" if name == "policy" else f"{name}, "  # of what it says
         self.session = session
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.skipped_in_a_row = 0
@@ -110,7 +111,7 @@ class Guard:
         """Count an update that is left out because of `problem` (a clause) and return the warning. NotFinite
         when no update is to be left out, or this is one too many.
         """
-        text = f"update {update}: {problem}; the weights were not changed"
+        text = f"{self.prefix}update {update}: {problem}; the weights were not changed"
         if self.config.on_nonfinite == "stop":
             raise NotFinite(text)
         if self.skipped_in_a_row == self.config.max_skipped:
@@ -130,7 +131,8 @@ class Guard:
             return
         if where := self._by_rank(self._bad_parameters()):  # else a norm has overflowed, nothing more
             raise NotFinite(
-                f"after update {update} the weights are not finite ({where}); resume from the last checkpoint"
+                f"{self.prefix}after update {update} the weights are not finite ({where}); resume from the "
+                "last checkpoint"
             )
 
     def spike(self, grad_norm: float, update: int) -> str:
@@ -140,7 +142,7 @@ class Guard:
         if self.config.spike_factor is None or times <= self.config.spike_factor:
             return ""
         return (
-            f"update {update}: the gradient norm is {grad_norm:.4g}, "
+            f"{self.prefix}update {update}: the gradient norm is {grad_norm:.4g}, "
             f"{times:.1f} times the median of the updates before"
         )
 

@@ -100,7 +100,13 @@ def transformer_config(
 
 
 def build(
-    spec: ModelSpec, session: Session, policy: PolicyConfig, dtype: str, *, seed: int
+    spec: ModelSpec,
+    session: Session,
+    policy: PolicyConfig,
+    dtype: str,
+    *,
+    seed: int,
+    kind: type[HeadlessGPT] = HeadlessGPT,
 ) -> list[MegatronModule]:
     """This rank's model chunks (several in an interleaved pipeline, else one), without their weights yet."""
     layout, backend = session.layout, session.backend
@@ -109,7 +115,7 @@ def build(
     chunks: list[MegatronModule] = []
     for number in range(layout.vpp or 1):
         layers = backend.layers(spec, policy, _layer_numbers(spec, session, number), session.amax_group)
-        gpt = _gpt_model(spec, session, config, layers, number)
+        gpt = _gpt_model(kind, spec, session, config, layers, number)
         for name, parameter in gpt.named_parameters():
             if EXPERT.search(name):
                 # at ep 1 Megatron would sum their gradients over the ranks that dense ones have in common
@@ -153,10 +159,15 @@ def _layer_numbers(spec: ModelSpec, session: Session, number: int) -> range:
 
 
 def _gpt_model(
-    spec: ModelSpec, session: Session, config: TransformerConfig, layers: Any, number: int
+    kind: type[HeadlessGPT],
+    spec: ModelSpec,
+    session: Session,
+    config: TransformerConfig,
+    layers: Any,
+    number: int,
 ) -> HeadlessGPT:
     layout = session.layout
-    return HeadlessGPT(
+    return kind(
         config,
         layers,
         vocab_size=padded_vocab(spec.vocab_size, layout.tp),
@@ -212,12 +223,21 @@ def gather_weights(chunks: Iterable[DistributedDataParallel]) -> None:
 
 
 @torch.no_grad()
-def load_weights(chunks: Iterable[torch.nn.Module], folder: Path, spec: ModelSpec, session: Session) -> None:
-    """Fill every shard from the checkpoint, reading only the slices this rank holds. Vocabulary padding
-    becomes zero.
+def load_weights(
+    chunks: Iterable[torch.nn.Module],
+    folder: Path,
+    spec: ModelSpec,
+    session: Session,
+    *,
+    without: str | None = None,
+) -> None:
+    """Fill every shard but that of the parameter `without` from the checkpoint, reading only the slices this
+    rank holds. Vocabulary padding becomes zero.
     """
     reader = CheckpointReader(folder)
     for name, parameter in named_shards(chunks):
+        if name == without:
+            continue
         shards = session.shards(expert=row_of(name).expert)
         shard = torch.zeros(parameter.shape, dtype=parameter.dtype)
         for part in slices_of(name, spec, tp=shards.size, tp_rank=shards.rank):

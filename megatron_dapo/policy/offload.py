@@ -1,7 +1,8 @@
 """What leaves a GPU while engines sample on it, and comes back for the next update: the optimizer's state,
 that is fp32 master weights and moments, goes to the host; the gradient buffers are dropped.
 
-The model's own weights stay: the push reads them, and so do checkpoints and the export. With
+The same of a value model. The models' own weights stay: the push reads them, and so do checkpoints and the
+export. A reference model is on the host anyway (policy/reference.py). With
 optimizer.cpu_offload the optimizer's state stays where it is: Megatron could not tell, on the way back, what
 belongs on the host. On a CPU Megatron's calls run too; they drop the gradients, and leave the rest.
 """
@@ -41,18 +42,20 @@ def memory_now(device: torch.device) -> Memory:
 
 def to_host(policy: Policy) -> None:
     """Collective. Free what the policy needs for updates alone. It can be saved meanwhile, not updated."""
-    gather_weights(policy.chunks)  # what is gathered on demand may lie in a gradient buffer until then
-    policy.optimizer.zero_grad()  # its gradients may be views of the buffers
-    for chunk in policy.chunks:
-        chunk.offload_grad_buffers()
-    if not policy.config.optimizer.cpu_offload:
-        policy.optimizer.offload_to_cpu()
+    for model in policy.trained_models():
+        gather_weights(model.chunks)  # what is gathered on demand may lie in a gradient buffer until then
+        model.optimizer.zero_grad()  # its gradients may be views of the buffers
+        for chunk in model.chunks:
+            chunk.offload_grad_buffers()
+        if not policy.config.optimizer.cpu_offload:
+            model.optimizer.offload_to_cpu()
     torch.cuda.empty_cache()
 
 
 def to_device(policy: Policy) -> None:
     """Undo `to_host`. Gradients are zero then."""
-    if not policy.config.optimizer.cpu_offload:
-        policy.optimizer.restore_from_cpu()
-    for chunk in policy.chunks:
-        chunk.restore_grad_buffers()
+    for model in policy.trained_models():
+        if not policy.config.optimizer.cpu_offload:
+            model.optimizer.restore_from_cpu()
+        for chunk in model.chunks:
+            chunk.restore_grad_buffers()

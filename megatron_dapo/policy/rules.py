@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
-from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.policy import fp8_rules
+from megatron_dapo.weights.hf import resolve_folder
 
 
 def check(config: RunConfig, spec: ModelSpec, *, on_cpu: bool) -> None:
@@ -56,6 +57,16 @@ def tensor_overlap_needs_sequence_parallel(config: RunConfig) -> None:
         raise UserError(
             "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the "
             "overlap"
+        )
+
+
+def pairs_are_trained_in_one_update(config: RunConfig) -> None:
+    """The weights of a pair's tokens are those of before the update (objectives/dpo.py)."""
+    updates = config.batch.updates_per_step
+    if config.objective.kind == "dpo" and updates > 1:
+        raise UserError(
+            f"batch.updates_per_step={updates} does not go with objective.kind=dpo, whose gradient is exact "
+            "for one update of a step; set it to 1 and sampling.prompts_per_step lower"
         )
 
 
@@ -139,6 +150,21 @@ def recomputed_layers_fill_a_chunk(config: RunConfig, spec: ModelSpec, on_cpu: b
         )
 
 
+def reference_has_the_same_tokens(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
+    """Log-probabilities of two models can be compared token by token."""
+    if (path := config.objective.reference) is None:
+        return
+    try:
+        vocab_size = read_model(resolve_folder(path)).vocab_size
+    except UserError as error:
+        raise UserError(f"objective.reference={path} cannot be used: {error}") from error
+    if vocab_size != spec.vocab_size:
+        raise UserError(
+            f"objective.reference={path} has a vocabulary of {vocab_size} tokens, "
+            f"model.path={config.model.path} one of {spec.vocab_size}; use a model with the same tokenizer"
+        )
+
+
 def overlap_has_a_gpu(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
     """The overlap of tensor-parallel communication is TransformerEngine's."""
     if on_cpu and config.policy.overlap_tensor_parallel:
@@ -176,6 +202,7 @@ SETTINGS: tuple[Callable[[RunConfig], None], ...] = (
     ranks_form_a_layout,
     gathers_overlap_with_reduced_gradients,
     tensor_overlap_needs_sequence_parallel,
+    pairs_are_trained_in_one_update,
     cosine_has_an_end,
     offload_has_master_weights,
     fp8_scales_are_of_all_layers,
@@ -184,6 +211,7 @@ SETTINGS: tuple[Callable[[RunConfig], None], ...] = (
 MODEL: tuple[Callable[[RunConfig, ModelSpec, bool], None], ...] = (
     layout_splits_the_model,
     recomputed_layers_fill_a_chunk,
+    reference_has_the_same_tokens,
     overlap_has_a_gpu,
     recomputed_expert_activations_have_a_gpu,
     recomputed_experts_exist,

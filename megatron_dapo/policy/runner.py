@@ -29,8 +29,8 @@ from megatron_dapo.policy.session import Session
 from megatron_dapo.types import Batch, MiniBatch
 from megatron_dapo.weights.hf import resolve_folder
 
-# (hidden states, micro-batch, its number) -> Megatron's three: what to take the gradient of, an int tensor to
-# add to the divisor of the gradient, and anything to report. Only called on the last pipeline stage.
+# (what the last stage returns, micro-batch, its number) -> Megatron's three: what to take the gradient of, an
+# int tensor to add to the divisor of the gradient, and anything to report. Only called on that stage.
 LossFunction = Callable[[torch.Tensor, MicroBatch, int], tuple[torch.Tensor, torch.Tensor, Any]]
 
 
@@ -55,13 +55,19 @@ class ModelRunner:
 
         The same tensor on every rank of the replica.
         """
+        return self.of_tokens(batch, lambda hidden, micro: self.response_logprobs(hidden, micro)[0])
+
+    def of_tokens(
+        self, batch: Batch, measure: Callable[[torch.Tensor, MicroBatch], torch.Tensor]
+    ) -> torch.Tensor:
+        """What `measure` makes [R] of the last stage's outputs for each trained token: [T], as `logprobs`."""
         flat_T = torch.zeros(batch.tokens_T.numel())
 
-        def collect(hidden: torch.Tensor, micro: MicroBatch, number: int) -> tuple[Any, Any, dict]:
-            logprobs_R, _ = self.response_logprobs(hidden, micro)
+        def collect(outputs: torch.Tensor, micro: MicroBatch, number: int) -> tuple[Any, Any, dict]:
+            measured_R = measure(outputs, micro)
             if self.session.tp_rank == 0:
-                flat_T[micro.flat_R] = logprobs_R.cpu()
-            return logprobs_R.sum(), torch.zeros((), dtype=torch.int, device=self.session.device), {}
+                flat_T[micro.flat_R] = measured_R.cpu()
+            return measured_R.sum(), torch.zeros((), dtype=torch.int, device=self.session.device), {}
 
         with torch.no_grad():
             for k in range(len(batch.mini_batches)):
@@ -69,7 +75,9 @@ class ModelRunner:
         dist.all_reduce(flat_T, group=self.session.replica_group)
         return flat_T
 
-    def response_logprobs(self, hidden: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def response_logprobs(
+        self, hidden: torch.Tensor, micro: MicroBatch, *, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy [R] of the trained tokens, from the last stage's hidden states."""
         return response_logprobs(
             hidden,
@@ -78,6 +86,7 @@ class ModelRunner:
             self.session,
             vocab_size=self.spec.vocab_size,
             temperature=self.config.rollout.temperature,
+            entropy_gradient=entropy_gradient,
         )
 
     def micro_batches(self, batch: Batch, k: int) -> Iterator[MicroBatch]:

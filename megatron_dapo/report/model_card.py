@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_dapo.config import RunConfig
+from megatron_dapo.weights.hf import with_owner
 
 # sections without paths of the machine
 SECTIONS = ("objective", "sampling", "reward", "batch", "optimizer", "layout")
@@ -56,7 +57,8 @@ def model_card(config: RunConfig, step: int, metrics: Path) -> str:
 
 def hub_name(path: str) -> str | None:
     """`owner/name` if the model came from the hub, not from a folder."""
-    return path if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists() else None
+    name = with_owner(path)
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(path).exists() else None
 
 
 def _read(metrics: Path, step: int) -> list[dict[str, Any]]:

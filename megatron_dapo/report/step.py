@@ -14,6 +14,7 @@ from megatron_dapo.types import Batch, Collected, Group, GroupFacts, StepResult
 
 COUNTS = ("groups_sampled", "groups_accepted", "all_correct", "all_wrong", "outside_window", "ungraded")
 COUNTS += ("carried", "carried_over", "left_running", "surplus_dropped", "aborted", "overdue")
+GRADES = ("correct", "wrong", "no_answer", "timeout", "crashed")  # what becomes of a response's grade
 # why tokens were generated for nothing
 WASTE = ("all_correct", "all_wrong", "outside_window", "ungraded", "surplus")
 STAGES = ("rollout", "sleep", "old_logprobs", "update", "wake", "sync", "checkpoint", "step")
@@ -79,8 +80,6 @@ def step_metrics(
         "update": num_updates,
         "lr": result.lr,
         "reward/mean": fmean(_graded_rewards(collected.groups)),
-        "reward/timeouts": grades.get("timeout", 0),
-        "reward/errors": grades.get("error", 0),
         "accuracy/mean": fmean(_accuracies(collected.sampled or collected.groups)),
         "response/length_mean": fmean(lengths),
         "response/length_max": max(lengths),
@@ -96,12 +95,35 @@ def step_metrics(
         "memory/rss": psutil.Process().memory_info().rss / 2**30,
     }
     metrics |= {POLICY_NAMES.get(name, f"objective/{name}"): v for name, v in flatten(result.metrics).items()}
+    metrics |= {f"reward/{outcome}": grades.get(outcome, 0) for outcome in GRADES}
     metrics["sampling/request_failures"] = sum(request_failures.values())
     metrics |= {f"sampling/{name}": collected.counts.get(name, 0) for name in COUNTS}
+    metrics["sampling/window_low"], metrics["sampling/window_high"] = collected.window
     metrics |= _ages(collected, version)
     wasted = wasted_tokens(collected)
     metrics |= {f"tokens/wasted_{reason}": wasted[reason] for reason in WASTE}
     metrics |= {f"time/{name}": clock.get(name, 0.0) for name in STAGES}
+    return metrics
+
+
+def source_metrics(collected: Collected) -> dict[str, float]:
+    """Of each of several data sources: the groups of it that finished, their accuracy and length, and the
+    groups that are trained on.
+    """
+    by_source: dict[str, list[GroupFacts]] = {}
+    for facts in collected.sampled:
+        if facts.source is not None:
+            by_source.setdefault(facts.source, []).append(facts)
+    trained = Counter(group.prompt.source for group in collected.groups)
+    metrics: dict[str, float] = {}
+    for source in sorted({*by_source, *(name for name in trained if name is not None)}):
+        sampled = by_source.get(source, [])
+        metrics[f"source/{source}/groups_sampled"] = len(sampled)
+        metrics[f"source/{source}/groups_accepted"] = trained[source]
+        if sampled:
+            metrics[f"source/{source}/accuracy"] = fmean(_accuracies(sampled))
+            lengths = [length for facts in sampled for length in facts.lengths]
+            metrics[f"source/{source}/length_mean"] = fmean(lengths)
     return metrics
 
 

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_dapo.reward.decoding import decoder_source
-from megatron_dapo.reward.overlong import overlong_penalty
-from megatron_dapo.reward.pool import Grade, GradingPool, Outcome
+from megatron_dapo.reward.jobs import OUTCOMES, Grade, Outcome
+from megatron_dapo.reward.overlong import LengthPenalty
+from megatron_dapo.reward.pool import GradingPool
 from megatron_dapo.types import Completion, Group, Prompt, Timing
 
 if TYPE_CHECKING:
     from megatron_dapo.config import RewardConfig
-
-
-SCORES = {True: 1.0, False: -1.0, None: 0.0}  # by the verifier's word
 
 
 class Grader:
@@ -30,8 +28,15 @@ class Grader:
     """
 
     def __init__(self, reward: RewardConfig, tokenizer: Any, *, longest: int) -> None:
-        self._pool = GradingPool(reward.verifier, reward.workers, reward.timeout_s, decoder_source(tokenizer))
-        self._reward, self._longest = reward, longest
+        self._pool = GradingPool(
+            reward.verifier,
+            reward.workers,
+            reward.timeout_s,
+            decoder_source(tokenizer),
+            rules=tuple(reward.rules),
+            memory_bytes=int(reward.memory_gib * 2**30),
+        )
+        self._reward, self.length_penalty = reward, LengthPenalty(reward, longest)
         self._lock = threading.Lock()  # guards the four below
         self._waiting = 0  # completions
         self._since = 0.0  # when the first of them came, or reset() was called; of use while some wait
@@ -57,16 +62,19 @@ class Grader:
         """Set `seconds` and `counts` to 0, for the step that begins."""
         with self._lock:
             self._seconds, self._since = 0.0, time.perf_counter()
-            self._counts = {"graded": 0, "timeout": 0, "error": 0}
+            self._counts = dict.fromkeys(OUTCOMES, 0)
 
     async def grade(self, prompt: Prompt, completion: Completion) -> Grade:
-        """Decode and verify one completion; call it as soon as the completion has ended. RuntimeError if the
-        grader is closed meanwhile.
+        """Decode and grade one completion by its prompt's rule, or else reward.verifier; call it as soon as
+        the completion has ended. RuntimeError if the grader is closed meanwhile, UserError if there is no
+        such rule.
         """
         self._begin()
         grade = None
         try:
-            grade = await self._pool.grade_tokens(completion.tokens, prompt.answer)
+            grade = await self._pool.grade_tokens(
+                completion.tokens, prompt.answer, rule=prompt.rule, row=_row(prompt)
+            )
             return grade
         finally:
             self._end(grade)
@@ -81,14 +89,17 @@ class Grader:
         """The group of a prompt, `grades` in the order of its completions. Masked out are responses whose
         grade timed out or crashed, and with reward.overlong_filter truncated ones.
 
-        A reward is +1 or -1 by the verifier's word, 0 without one, plus the response's overlong penalty.
+        A reward is the score of the verifier plus weight x score of each further rule, 0 without a grade,
+        plus the response's overlong penalty. Where there is more than one of them they are its reward_parts.
         """
-        graded = list(zip(completions, grades, strict=True))
+        parts = [self._parts(c, grade) for c, grade in zip(completions, grades, strict=True)]
         return Group(
             prompt=prompt,
-            completions=tuple(_masked(c) if self._is_masked(c, grade) else c for c, grade in graded),
+            completions=tuple(
+                self._graded(c, grade, its) for c, grade, its in zip(completions, grades, parts, strict=True)
+            ),
             correct=tuple(grade.correct for grade in grades),
-            rewards=tuple(SCORES[grade.correct] + self._penalty(c) for c, grade in graded),
+            rewards=tuple(sum(its.values()) for its in parts),
             timing=timing,
         )
 
@@ -110,11 +121,33 @@ class Grader:
             if grade is not None:
                 self._counts[grade.outcome] += 1
 
-    def _penalty(self, completion: Completion) -> float:
-        return overlong_penalty(len(completion.tokens), self._longest, self._reward.overlong_cache)
+    def _parts(self, completion: Completion, grade: Grade) -> dict[str, float]:
+        """What its reward is the sum of, by name."""
+        parts = {"verifier": grade.score}
+        scores = grade.extra or (0.0,) * len(self._reward.rules)
+        for (name, weight), score in zip(self._reward.rules.items(), scores, strict=True):
+            parts[name] = weight * score
+        if self._reward.overlong_cache:
+            parts["overlong"] = self.length_penalty.of(len(completion.tokens))
+        return parts
 
-    def _is_masked(self, completion: Completion, grade: Grade) -> bool:
-        return grade.correct is None or (self._reward.overlong_filter and completion.truncated)
+    def _graded(self, completion: Completion, grade: Grade, parts: dict[str, float]) -> Completion:
+        if len(parts) > 1:
+            completion = dataclasses.replace(completion, reward_parts=parts)
+        if grade.correct is None or (self._reward.overlong_filter and completion.truncated):
+            completion = _masked(completion)
+        return completion
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    """What rules may look at beside the answer."""
+    return {
+        "prompt": prompt.text,
+        "answer": prompt.answer,
+        "rule": prompt.rule,
+        "source": prompt.source,
+        "row": prompt.row,
+    }
 
 
 def _masked(completion: Completion) -> Completion:

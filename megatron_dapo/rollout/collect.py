@@ -20,9 +20,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from megatron_dapo.batching.filtering import Window, widened
+from megatron_dapo.batching.filtering import Window
 from megatron_dapo.config import SamplingConfig
 from megatron_dapo.errors import UserError
+from megatron_dapo.rollout.group_filter import GroupFilter
 from megatron_dapo.rollout.need import PassRate, prompts_needed, running_needed
 from megatron_dapo.rollout.requests import Requests, SampleGroup
 from megatron_dapo.rollout.slots import Slot, saved
@@ -31,6 +32,10 @@ from megatron_dapo.types import Collected, Group, GroupFacts, Partial, Prompt
 
 class Prompts(Protocol):
     def next(self) -> Prompt | None: ...
+
+    def record(self, prompt: Prompt, accuracy: float) -> None:
+        """A step has consumed the prompt's group; called once for each, in stream order."""
+        ...
 
 
 class SamplingCapReached(UserError):
@@ -54,6 +59,7 @@ class Collector:
     run_ahead: int | None = None
     _slots: list[Slot] = field(default_factory=list)  # not consumed yet, in stream order, no gaps
     _pass_rate: PassRate = field(default_factory=PassRate)  # of the steps before
+    _filter: GroupFilter = field(init=False)
     _step: int = 0  # the step that is collected now, or next: the weight version that it trains
     _weights: int = 0  # version that requests are sampled by from now on
     _opened_with: tuple[list[Slot], tuple[float, float]] | None = None  # slots and verdicts, see `state`
@@ -62,7 +68,6 @@ class Collector:
     # Of the step:
     _begun: bool = False
     _counts: Counter[str] = field(default_factory=Counter)
-    _window: Window = field(default_factory=Window)
     _accepted: list[Group] = field(default_factory=list)  # of _slots[:_known]
     _known: int = 0  # _slots[:_known] have finished and were judged, up to the K-th accepted
     _next: int = 0  # _slots[:_next] are admitted
@@ -75,6 +80,9 @@ class Collector:
     _requests: Requests = field(default_factory=Requests)
     _again: list[Slot] = field(default_factory=list)  # admitted, and given up by a failure
     _between: asyncio.Task[None] | None = None  # samples on between two steps
+
+    def __post_init__(self) -> None:
+        self._filter = GroupFilter(self.config)
 
     @property
     def is_continuous(self) -> bool:
@@ -100,8 +108,8 @@ class Collector:
                 self._launch()
                 if running := self._requests.number:
                     await self._requests.ends(running if self.one_round_at_a_time else 1)
-                elif self.config.adaptive and (wider := widened(self._window)):
-                    self._window, self._known, self._accepted = wider, 0, []
+                elif self._filter.widen():
+                    self._known, self._accepted = 0, []
                 else:
                     self._check_cap()
                     break
@@ -134,7 +142,7 @@ class Collector:
     def state(
         self, beginnings: Mapping[int, Sequence[Partial]] | None = None, lost: Collection[str] = ()
     ) -> dict[str, Any]:
-        """What a checkpoint needs: the slots and the verdicts of recent steps.
+        """What a checkpoint needs: the slots, the verdicts of recent steps, the level of the window.
 
         Continuous, the requests that run have `beginnings`, by the prompt's position; `lost` are the engines
         that did not tell them (slots.py). Nothing finished is kept when requests were given up between two
@@ -142,12 +150,11 @@ class Collector:
         """
         if self._opened_with is not None:
             slots, verdicts = self._opened_with
-            return {
-                "slots": slots + [Slot(s.prompt) for s in self._slots[len(slots) :]],
-                "verdicts": verdicts,
-            }
-        slots = saved(self._slots, beginnings or {}, None if self._cut_off else lost)
-        return {"slots": slots, "verdicts": (self._pass_rate.informative, self._pass_rate.finished)}
+            slots = slots + [Slot(s.prompt) for s in self._slots[len(slots) :]]
+        else:
+            slots = saved(self._slots, beginnings or {}, None if self._cut_off else lost)
+            verdicts = self._pass_rate.informative, self._pass_rate.finished
+        return {"slots": slots, "verdicts": verdicts, "window": self._filter.level}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`; nothing may be running. Strict, what an aged run had kept is put back."""
@@ -156,9 +163,9 @@ class Collector:
             if self.config.max_age == 0:
                 slot.put_back()
             if isinstance(slot.result, Group):
-                slot.result = self._kept_of(slot.result)
+                slot.result = self._filter.kept_of(slot.result)
         self._again = [slot for slot in self._slots if slot.admitted and slot.result is None]
-        self._pass_rate = PassRate(*state["verdicts"])
+        self._pass_rate, self._filter.level = PassRate(*state["verdicts"]), state["window"]
         self._opened_with, self._cut_off, self._begun = None, False, False
 
     def _open(self, weight_version: int) -> None:
@@ -173,7 +180,7 @@ class Collector:
     def _begin(self) -> None:
         """The counts of a step begin: when it is opened, or continuous, when the step before is closed."""
         self._begun = True
-        self._window = self._configured_window()
+        self._filter.begin_step()
         self._counts, self._accepted = Counter(), []
         self._known = self._next = self._last = self._launched = self._informative = self._finished = 0
         self._most_running = prompts_needed(self.config.prompts_per_step + self._ahead, self._rate())
@@ -203,27 +210,9 @@ class Collector:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    def _configured_window(self) -> Window:
-        return Window(low=self.config.low, high=self.config.high, inclusive=self.config.inclusive)
-
-    def _verdict(self, result: Group | GroupFacts) -> str:
-        return self._window.judge(result.accuracy) if self.config.dynamic else "accepted"
-
-    def _kept_of(self, group: Group) -> Group | GroupFacts:
-        """The group, or its facts alone if no window that the step may come to accepts it."""
-        if not self.config.dynamic:
-            return group
-        window: Window | None = self._configured_window()
-        verdict = window.judge(group.accuracy)
-        while window is not None:
-            if window.judge(group.accuracy) == "accepted":
-                return group
-            window = widened(window) if self.config.adaptive else None
-        return GroupFacts.of(group, verdict)
-
     def _count_verdict(self, result: Group | GroupFacts) -> None:
         self._finished += 1
-        self._informative += self._verdict(result) == "accepted"
+        self._informative += self._filter.verdict(result) == "accepted"
 
     def _advance(self) -> None:
         """Judge the finished beginning of the stream, up to the K-th accepted group."""
@@ -231,7 +220,7 @@ class Collector:
             result = self._slots[self._known].result
             if result is None:
                 break
-            if self._verdict(result) == "accepted":
+            if self._filter.verdict(result) == "accepted":
                 assert isinstance(result, Group)
                 self._accepted.append(result)
             self._known += 1
@@ -298,6 +287,8 @@ class Collector:
             if wanted <= 0 and self._next >= self._last:
                 return
             if self._next == len(self._slots):
+                if len(self._slots) >= self.config.most_ahead:
+                    return
                 prompt = self.prompts.next()
                 if prompt is None:
                     self._exhausted = True
@@ -322,7 +313,7 @@ class Collector:
             raise failed
 
     def _fill(self, slot: Slot, group: Group) -> None:
-        slot.result, slot.began = self._kept_of(group), ()
+        slot.result, slot.began = self._filter.kept_of(group), ()
         self._count_verdict(slot.result)
 
     async def _abort(self, slots: Sequence[Slot]) -> list[Slot]:
@@ -354,19 +345,19 @@ class Collector:
         """
         consumed, behind = self._slots[: self._known], self._slots[self._known :]
         sampled = tuple(
-            GroupFacts.of(slot.result, self._verdict(slot.result))
+            GroupFacts.of(slot.result, self._filter.verdict(slot.result))
             if isinstance(slot.result, Group)
             else slot.result
             for slot in self._slots
             if slot.result is not None and not slot.reported
         )
-        counts, configured, base = self._counts, 0, self._configured_window()
+        counts, window = self._counts, self._filter.window
         counts["groups_sampled"] = len(sampled)
         for slot in consumed:
             assert slot.result is not None
-            verdict = self._verdict(slot.result)
+            verdict = self._filter.verdict(slot.result)
             counts["groups_accepted" if verdict == "accepted" else verdict] += 1
-            configured += base.judge(slot.result.accuracy) == "accepted"
+            self.prompts.record(slot.prompt, slot.result.accuracy)
         ages = [self._step - group.weight_version for group in self._accepted]
         counts["overdue"] = sum(age > self.config.max_age for age in ages)
         for slot in behind:
@@ -378,11 +369,13 @@ class Collector:
             else:
                 counts["left_running" if slot.result is None else "carried_over"] += 1
                 slot.reported = slot.result is not None
-        self._pass_rate.end_step(configured, len(consumed))
+        informative = self._filter.end_step([slot.result for slot in consumed if slot.result is not None])
+        self._pass_rate.end_step(informative, len(consumed))
         collected = Collected(
             groups=tuple(self._accepted),
             sampled=sampled,
             counts=dict(counts),
+            window=(window.low, window.high),
             exhausted=self._exhausted and not behind,
         )
         self._slots, self._opened_with, self._begun = behind, None, False

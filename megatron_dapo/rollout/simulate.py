@@ -90,7 +90,7 @@ class Simulation:
         self.config, self.profile, self.stream, self.steps = config, profile, stream, steps
         self.meter = Meter()
         options = config.sampling
-        window = Window(low=options.low, high=options.high, inclusive=options.inclusive)
+        window = Window.of(options)
         self.ledger = Ledger(window, options.dynamic, options.max_age > 0)
         self.engines = [
             Engine(

@@ -126,6 +126,10 @@ class Stream(ABC):
         tokens: Any = range(position, position + self._prompt_tokens(row))
         return Prompt(position=position, row=row, text="", answer="", tokens=tokens)
 
+    def record(self, prompt: Prompt, accuracy: float) -> None:
+        """The stream does not depend on what was sampled."""
+        return
+
     def state(self) -> dict[str, Any]:
         return {"position": self._position}
 
@@ -145,7 +149,7 @@ class Stream(ABC):
         mean_tokens of their responses, share_by_pass_rate of the groups. Its random numbers are its own.
         """
         generator = np.random.default_rng((self._seed, 0x5E9))
-        window = Window(low=config.low, high=config.high, inclusive=config.inclusive)
+        window = Window.of(config)
         size = config.samples_per_prompt
         accepts = np.array(
             [not config.dynamic or window.judge(k / size) == "accepted" for k in range(size + 1)]

@@ -13,9 +13,37 @@ import torch
 
 BLOCK = 128  # rows and columns
 SCALES = "_scale_inv"  # behind the name of a weight: the tensor of its blocks' scales
+SMALLEST_MAXIMUM = 1e-4  # a block's largest value counts as at least this, as in vLLM
 LINEAR = "_proj.weight"  # how the names of linear layers' weights end, in all families of weights/names.py
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name of the Hugging Face tensor
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values in float8_e4m3fn, of the shape of `weight`; `block_scales`): bit for bit what vLLM makes of a
+    bf16 weight (vllm/utils/deep_gemm.py, per_block_cast_to_fp8) on a CPU.
+    """
+    rows, columns = weight.shape
+    scales = block_scales(weight)
+    values = _blocks(weight) * (1.0 / scales)[:, None, :, None]
+    whole = values.to(torch.float8_e4m3fn).flatten(2).flatten(0, 1)
+    return whole[:rows, :columns], scales
+
+
+def block_scales(weight: torch.Tensor) -> torch.Tensor:
+    """float32 [rows / 128, columns / 128], rounded up: the blocks' largest values over that of FP8."""
+    largest = _blocks(weight).abs().amax(dim=(1, 3)).float().clamp(min=SMALLEST_MAXIMUM)
+    # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds differently
+    return largest / torch.full_like(largest, torch.finfo(torch.float8_e4m3fn).max)
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    """[block, row in it, block, column in it]; with zeros where the weight ends inside a block."""
+    rows, columns = weight.shape
+    missing = (0, -columns % BLOCK, 0, -rows % BLOCK)
+    if any(missing):
+        weight = torch.nn.functional.pad(weight, missing)
+    return weight.reshape(weight.shape[0] // BLOCK, BLOCK, weight.shape[1] // BLOCK, BLOCK)
 
 
 def linear_weights(shapes: Shapes) -> Shapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,16 +16,23 @@ from safetensors.torch import save_file
 
 from megatron_dapo.errors import UserError
 
+OWNERS = {"Qwen": "Qwen"}  # of model families on the hub, by what their names begin with
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_folder(model: str) -> Path:
-    """A local folder, or the snapshot folder of a hub name (downloaded on first use)."""
+    """A local folder, or the snapshot folder of a hub name (downloaded on first use). A name without its
+    owner, such as "Qwen2.5-32B", is looked for under its family's.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    model = with_owner(model)
     if folder.is_absolute() or model.count("/") != 1 or model.startswith("."):
-        raise UserError(f"model.path={model!r} is neither a folder nor a hub name (owner/name)")
+        raise UserError(
+            f"model.path={model!r} is neither a folder nor a hub name (owner/name; the owner may be left out "
+            f"for {', '.join(OWNERS)} models)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -34,6 +42,12 @@ def resolve_folder(model: str) -> Path:
             f"model.path={model!r} is not a folder here and could not be fetched from the hub: {error}; give "
             f"a local folder"
         ) from error
+
+
+def with_owner(model: str) -> str:
+    """The name with its owner, if it is of a family that has one; else as it is."""
+    family = next((prefix for prefix in OWNERS if re.match(rf"{prefix}[\w.-]*$", model)), None)
+    return f"{OWNERS[family]}/{model}" if family else model
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:

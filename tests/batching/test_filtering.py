@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.samples import make_group
 
-from megatron_dapo.batching.filtering import Window, widened
+from megatron_dapo.batching.filtering import Window, ladder, metric_of, next_level, widened
 
 ACCURACIES = [0.0, 0.25, 0.3, 0.5, 0.7, 0.75, 1.0]
 
@@ -61,3 +65,78 @@ def test_widening_never_lets_in_groups_without_an_advantage(window):
         window = wider
         assert window.judge(0.0) == "all_wrong" and window.judge(1.0) == "all_correct"
     assert (window.low, window.high) == (0.0, 1.0)
+
+
+# --- other metrics than accuracy ----------------------------------------------------------
+
+
+def test_a_group_is_judged_by_its_graded_completions():
+    """By hand: rewards 1, -1, 0.5 and one without a grade."""
+    group = make_group(correct=1, size=4, rewards=(1.0, -1.0, 0.5, 9.0))
+    group = dataclasses.replace(group, correct=(True, False, False, None))
+    assert metric_of(group, "accuracy") == 1 / 3
+    assert metric_of(group, "reward_mean") == pytest.approx(0.5 / 3)
+    mean = 0.5 / 3
+    squares = (1 - mean) ** 2 + (-1 - mean) ** 2 + (0.5 - mean) ** 2
+    assert metric_of(group, "reward_std") == pytest.approx(math.sqrt(squares / 2))
+    one = dataclasses.replace(group, correct=(True, None, None, None))
+    assert (metric_of(one, "reward_std"), metric_of(one, "reward_mean")) == (0.0, 1.0)
+    none = dataclasses.replace(group, correct=(None,) * 4)
+    assert all(math.isnan(metric_of(none, metric)) for metric in ("accuracy", "reward_std", "reward_mean"))
+
+
+def test_equal_rewards_have_no_deviation():
+    group = make_group(correct=4, size=4, rewards=(0.1 + 0.2,) * 4)
+    assert metric_of(group, "reward_std") == 0.0
+
+
+def test_a_window_of_another_metric_names_what_it_refuses_by_the_accuracy():
+    window = Window(low=0.0, high=math.inf)
+    cases = [(1.0, 0.2), (1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (math.nan, math.nan)]
+    verdicts = ["accepted", "all_correct", "all_wrong", "outside_window", "ungraded"]
+    assert [window.judge(accuracy, value) for accuracy, value in cases] == verdicts
+
+
+# --- a window that moves ------------------------------------------------------------------
+
+
+def test_a_ladder_begins_with_the_window_itself():
+    windows = ladder(Window(low=0.4, high=0.6, inclusive=True))
+    lows = [round(window.low, 4) for window in windows]
+    assert lows == [0.4, 0.2, 0.1, 0.05, 0.0] and windows[0] == Window(low=0.4, high=0.6, inclusive=True)
+    assert ladder(Window()) == [Window()]
+
+
+@pytest.mark.parametrize(
+    ("level", "accuracies", "expected"),
+    [
+        (0, [0.5, 0.5, 0.3, 0.0], 0),  # half are in (0.4, 0.6)
+        (0, [0.5, 0.3, 0.3, 0.0], 1),  # a quarter is
+        (1, [0.5, 0.5, 0.3, 0.0], 0),  # the narrower one would have had half
+        (1, [0.5, 0.3, 0.3, 0.0], 1),  # it would not, and this one has three quarters
+        (1, [0.5, 0.1, 0.0, 0.0], 2),
+        (4, [0.0, 0.0, 1.0, 1.0], 4),  # nothing is wider
+        (2, [0.0, math.nan, math.nan, 0.5], 3),
+        (2, [], 1),  # nothing speaks against it
+    ],
+)
+def test_the_window_moves_one_step_towards_the_share(level, accuracies, expected):
+    windows = ladder(Window(low=0.4, high=0.6))
+    assert next_level(windows, level, accuracies, share=0.5) == expected
+
+
+@given(
+    accuracies=st.lists(st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0]), min_size=1),
+    share=st.floats(0.05, 0.95),
+    level=st.integers(0, 4),
+)
+def test_on_the_same_groups_the_window_comes_to_rest_at_the_narrowest_that_suffices(accuracies, share, level):
+    windows = ladder(Window(low=0.4, high=0.6))
+    for _ in range(2 * len(windows)):
+        level = next_level(windows, level, accuracies, share)
+    enough = [
+        sum(window.judge(a) == "accepted" for a in accuracies) >= share * len(accuracies)
+        for window in windows
+    ]
+    assert level == (enough.index(True) if True in enough else len(windows) - 1)
+    assert next_level(windows, level, accuracies, share) == level

@@ -33,24 +33,32 @@ def padded(weight: torch.Tensor, rows: int = PADDED) -> torch.Tensor:
     return torch.cat([weight, torch.full((rows - len(weight), weight.shape[1]), 50.0)])
 
 
-def reference(hidden, weight, labels, arriving, temperature: float = 1.0) -> list[torch.Tensor]:
+def reference(
+    hidden, weight, labels, arriving, temperature: float = 1.0, at_entropy: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """Log-probabilities, entropy, gradient of hidden, gradient of weight; fp32 results of a float64
-    computation.
+    computation. at_entropy: the gradients that arrive at the entropy.
     """
     leaves = [x.double().requires_grad_() for x in (hidden, weight)]
     logs = (leaves[0] @ leaves[1].T / temperature).log_softmax(-1)
-    logprobs = logs.gather(1, labels[:, None]).squeeze(1)
-    gradients = torch.autograd.grad((logprobs * arriving).sum(), leaves)
-    return [x.detach().float() for x in (logprobs, -(logs.exp() * logs).sum(-1), *gradients)]
+    logprobs, entropy = logs.gather(1, labels[:, None]).squeeze(1), -(logs.exp() * logs).sum(-1)
+    total = (logprobs * arriving).sum() + (0 if at_entropy is None else (entropy * at_entropy).sum())
+    gradients = torch.autograd.grad(total, leaves)
+    return [x.detach().float() for x in (logprobs, entropy, *gradients)]
 
 
-def found(hidden, weight, labels, arriving, *, vocab_size: int = VOCAB, **options) -> list[torch.Tensor]:
+def found(
+    hidden, weight, labels, arriving, *, vocab_size: int = VOCAB, at_entropy=None, **options
+) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    options["entropy_gradient"] = at_entropy is not None
     logprobs, entropy = logprobs_from_hidden(*leaves, labels, vocab_size=vocab_size, **options)
-    assert logprobs.dtype == entropy.dtype == torch.float32 and not entropy.requires_grad
-    gradients = torch.autograd.grad((logprobs * arriving).sum(), leaves)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert entropy.requires_grad == (at_entropy is not None)
+    total = (logprobs * arriving).sum() + (0 if at_entropy is None else (entropy * at_entropy).sum())
+    gradients = torch.autograd.grad(total, leaves)
     assert [g.dtype for g in gradients] == [x.dtype for x in leaves]
-    return [logprobs.detach(), entropy, *gradients]
+    return [logprobs.detach(), entropy.detach(), *gradients]
 
 
 def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -67,6 +75,30 @@ def test_blocks_do_not_change_the_result(block_bytes, temperature):
     assert_equal(
         found(*inputs, block_bytes=block_bytes, temperature=temperature), reference(*inputs, temperature)
     )
+
+
+@pytest.mark.parametrize("block_bytes", [1, 160, 1 << 20])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(block_bytes, temperature):
+    hidden, weight, labels, arriving = make()
+    at_entropy = torch.linspace(-1, 2, len(labels))
+    options = {"block_bytes": block_bytes, "temperature": temperature, "at_entropy": at_entropy}
+    *others, grad_weight = found(hidden, padded(weight), labels, arriving, **options)
+    wanted = reference(hidden, weight, labels, arriving, temperature, at_entropy)
+    assert_equal([*others, grad_weight[:VOCAB]], wanted)
+    assert torch.equal(grad_weight[VOCAB:], torch.zeros(PADDED - VOCAB, HIDDEN))
+    without = reference(hidden, weight, labels, arriving, temperature)
+    assert float((wanted[2] - without[2]).norm()) > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.0, 100.0])
+def test_the_entropys_gradient_of_flat_and_steep_distributions(scale):
+    inputs = make(scale=scale)
+    at_entropy = torch.ones(TOKENS)
+    for now, other in zip(
+        found(*inputs, at_entropy=at_entropy), reference(*inputs, at_entropy=at_entropy), strict=True
+    ):
+        torch.testing.assert_close(now, other, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

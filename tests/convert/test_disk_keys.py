@@ -36,6 +36,7 @@ def test_keys(key, index, name, half):
     [
         "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight",
         "chained_0.optimizer.state.fp32_param.output_layer.weight",
+        "value_model.decoder.layers.mlp.linear_fc2.weight",
         "rng_state",
         "decoder.layers.mlp.linear_fc1._extra_state",
     ],

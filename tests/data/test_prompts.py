@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from pathlib import Path
+import math
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_dapo.config import DataConfig
 from megatron_dapo.data import prompts as prompts_module
-from megatron_dapo.data.prompts import PromptStream, Row, load_rows
+from megatron_dapo.data.prompts import PromptStream
+from megatron_dapo.data.rows import Row
 from megatron_dapo.errors import UserError
 
 CHAT = (
@@ -39,124 +38,11 @@ ROWS = [Row(f"q{i}", str(i)) for i in range(5)]
 
 
 def make_stream(rows=ROWS, seed=1, **options) -> PromptStream:
-    return PromptStream(rows, TOKENIZER, DataConfig(**options), seed)
+    return PromptStream({None: rows}, TOKENIZER, DataConfig(**options), seed)
 
 
 def take(stream: PromptStream, count: int) -> list:
     return [stream.next() for _ in range(count)]
-
-
-# --- reading ----------------------------------------------------------------------------
-
-
-def write_lines(path, *lines) -> str:
-    path.write_text("".join(line + "\n" for line in lines))
-    return str(path)
-
-
-GOOD = [
-    {"problem": "1+1", "solution": 2},
-    {"problem": "half", "solution": 0.5},
-    {"problem": "x", "solution": "\\pi"},
-]
-GOOD_ROWS = [Row("1+1", "2"), Row("half", "0.5"), Row("x", "\\pi")]
-
-
-def test_every_source_gives_the_same_rows(tmp_path):
-    text = [{**row, "solution": str(row["solution"]), "other": 1} for row in GOOD]
-    jsonl = write_lines(tmp_path / "rows.jsonl", *map(json.dumps, GOOD[:2]), "", json.dumps(GOOD[2]))
-    parquet = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(text), parquet)
-    dataset = datasets.Dataset.from_list(text).with_format("numpy")
-    for source in (jsonl, parquet, GOOD, dataset):
-        assert load_rows(source, "problem", "solution") == GOOD_ROWS
-
-
-def test_long_sources_are_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts_module, "READ_ROWS", 2)
-    table = {"prompt": [f"q{i}" for i in range(5)], "answer": list(range(5))}
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table(table), path)
-    for source in (path, datasets.Dataset.from_dict(table).with_format("numpy")):
-        assert load_rows(source, "prompt", "answer") == ROWS
-    pyarrow.parquet.write_table(pyarrow.table({**table, "answer": ["0", "1", "2", None, "4"]}), path)
-    with pytest.raises(UserError, match="row 3: 'answer' must be text or a number, got None"):
-        load_rows(path, "prompt", "answer")
-
-
-def test_an_integer_read_as_float_is_still_the_integer():
-    assert load_rows([{"prompt": "a", "answer": 42.0}], "prompt", "answer")[0].answer == "42"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a", ', r"rows\.jsonl, line 2: not a JSON object"),
-        pytest.param(
-            "[" * 5000 + "]" * 5000, r"line 2: not a JSON object on one line \(maximum rec", id="deep"
-        ),
-        pytest.param(
-            '{"prompt": "a", "answer": ' + '{"a":' * 5000 + "1" + "}" * 5001,
-            r"rows\.jsonl, line 2: not a JSON object on one line \(maximum recursion depth",
-            id="deep answer",
-        ),
-        ('{"prompt": "\\ud800", "answer": "1"', r"line 2: not a JSON object"),
-        ("[1, 2]", r"line 2: a row is an object .* got list"),
-        (
-            '{"Prompt": "a", "answer": "1"}',
-            r"line 2: no key 'prompt' .* among \['Prompt', 'answer'\]; did you mean data.prompt_key=Prompt",
-        ),
-        ('{"prompt": "a", "label": "1"}', r"line 2: no key 'answer' .*data.answer_key="),
-        ('{"prompt": "  ", "answer": "1"}', r"line 2: 'prompt' is empty"),
-        (
-            '{"prompt": [{"role": "user"}], "answer": "1"}',
-            r"line 2: 'prompt' must be text, got list; .*--prompt-path prompt.0.content",
-        ),
-        ('{"prompt": "a", "answer": null}', r"line 2: 'answer' must be text or a number, got None"),
-        ('{"prompt": "a", "answer": true}', r"line 2: 'answer' must be text or a number, got True"),
-        ('{"prompt": "a", "answer": NaN}', r"line 2: 'answer' is nan"),
-        ('{"prompt": "a", "answer": ""}', r"line 2: 'answer' is empty"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = write_lines(tmp_path / "rows.jsonl", '{"prompt": "good", "answer": "1"}', line)
-    with pytest.raises(UserError, match=message) as caught:
-        load_rows(path, "prompt", "answer")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
-    path = Path(write_lines(tmp_path / "rows.jsonl", '{"prompt": "a", "answer": "1"}'))
-
-    def denied(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", denied)  # the suite may run as root, who may read everything
-    with pytest.raises(
-        UserError, match=r"rows\.jsonl cannot be read \(Permission denied\); make it readable"
-    ):
-        load_rows(path, "prompt", "answer")
-
-
-def test_a_bad_file_is_named(tmp_path):
-    def check(name: str, message: str, **options) -> None:
-        with pytest.raises(UserError, match=message):
-            load_rows(tmp_path / name, "prompt", "answer", **options)
-
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "rows.csv").touch()
-    (tmp_path / "text.parquet").write_text("hello")
-    pyarrow.parquet.write_table(pyarrow.table({"promt": ["a"], "answer": ["1"]}), tmp_path / "keys.parquet")
-    check("missing.jsonl", r"data\.path=.*missing\.jsonl does not exist")
-    check("missing.jsonl", r"^evaluation\.path=", field="evaluation.path")
-    check("empty.jsonl", r"empty\.jsonl has no rows")
-    check("rows.csv", r"ends in '\.csv'; give a \.jsonl")
-    check("text.parquet", r"text\.parquet cannot be read as Parquet")
-    check("keys.parquet", r"keys\.parquet: no key 'prompt' .*did you mean data.prompt_key=promt")
-    with pytest.raises(UserError, match="the given list has no rows"):
-        load_rows([], "prompt", "answer")
-    with pytest.raises(UserError, match="the given Dataset: no key 'prompt'"):
-        load_rows(datasets.Dataset.from_dict({"a": ["b"]}), "prompt", "answer")
 
 
 def test_repeated_prompts_are_kept_and_announced_once(caplog):
@@ -188,6 +74,22 @@ def test_the_order_depends_on_the_seed_alone():
     assert [p.row for p in take(make_stream(shuffle=False), 7)] == [0, 1, 2, 3, 4, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("number", "options", "beginning", "digest"),
+    [
+        (70, {"seed": 1}, [41, 35, 23, 44, 12, 5, 18, 30, 27, 49, 26, 37], "73b83abe74a6c112"),
+        (100, {"seed": 3}, [47, 42, 5, 26, 18, 12, 32, 2, 9, 20, 0, 38], "a817d35b3bdc1fc7"),
+    ],
+)
+def test_the_order_of_a_seed_is_that_of_earlier_versions(number, options, beginning, digest):
+    """Written down before there were sources and history; the second with every third row too long."""
+    long = options["seed"] == 3
+    rows = [Row("x" * 20 if long and i % 3 == 1 else f"q{i}", "1") for i in range(50)]
+    order = [prompt.row for prompt in take(make_stream(rows, max_prompt_tokens=19, **options), number)]
+    assert order[:12] == beginning
+    assert hashlib.sha256(repr(order).encode()).hexdigest()[:16] == digest
+
+
 def test_the_stream_ends_after_its_epochs():
     stream = make_stream(epochs=2)
     assert None not in take(stream, 10)
@@ -208,40 +110,16 @@ def test_a_resumed_stream_continues_as_if_not_stopped(stop):
     take(first, stop)
     second = make_stream(MIXED, max_prompt_tokens=LONG)
     second.load_state(json.loads(json.dumps(first.state())))
-    assert (second.position, second.skipped_long, second.epoch) == (
-        first.position,
-        first.skipped_long,
-        first.epoch,
-    )
+    assert (second.position, second.passed_over) == (first.position, first.passed_over)
     assert take(second, 20 - stop) == expected[stop:]
-    assert second.skipped_long == whole.skipped_long
-
-
-@pytest.mark.parametrize("position", range(13))
-def test_rewinding_restores_the_state_of_that_position(position):
-    reference = make_stream(MIXED, max_prompt_tokens=LONG)
-    take(reference, position)
-    stream = make_stream(MIXED, max_prompt_tokens=LONG)
-    prompts = take(stream, 13)
-    stream.rewind(position)
-    assert stream.state() == reference.state()
-    assert take(stream, 13 - position) == prompts[position:]
-
-
-def test_rewinding_forward_is_refused():
-    stream = make_stream()
-    take(stream, 3)
-    stream.rewind(3)
-    for position in (4, -1):
-        with pytest.raises(ValueError, match=f"position {position}: .* below 3"):
-            stream.rewind(position)
+    assert second.passed_over["long"] == whole.passed_over["long"]
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (make_stream([*ROWS[:4], Row("q4", "5")]), "data.path holds other problems"),
-        (make_stream(ROWS[:4]), "data.path holds other problems"),
+        (make_stream([*ROWS[:4], Row("q4", "5")]), r"data.path \(or data.sources\) holds other problems"),
+        (make_stream(ROWS[:4]), r"data.path \(or data.sources\) holds other problems"),
         (make_stream(seed=2), "run.seed differs"),
         (make_stream(shuffle=False), "data.shuffle differs"),
     ],
@@ -260,11 +138,11 @@ def test_long_prompts_are_skipped_and_counted(caplog):
     assert stream.next() is None
     assert sorted(p.row for p in prompts[:5]) == [0, 2, 3, 5, 6]
     assert [p.position for p in prompts] == list(range(10))
-    assert stream.skipped_long == 4
+    assert stream.passed_over["long"] == 4
     # 20 characters and the special token
     assert any("21 tokens exceed data.max_prompt_tokens=20" in record.message for record in caplog.records)
     fitting = make_stream(MIXED, epochs=1, max_prompt_tokens=LONG + 1)
-    assert None not in take(fitting, 7) and fitting.skipped_long == 0
+    assert None not in take(fitting, 7) and fitting.passed_over["long"] == 0
 
 
 @pytest.mark.parametrize("epochs", [None, 1, 2])
@@ -298,6 +176,136 @@ def test_chat_prompts_hold_the_special_tokens_of_the_template_only():
 
 def test_chat_needs_a_chat_template_and_complete_examples():
     with pytest.raises(UserError, match="data.chat=true .* no chat template"):
-        PromptStream(ROWS, make_tokenizer(None), DataConfig(chat=True), 0)
+        PromptStream({None: ROWS}, make_tokenizer(None), DataConfig(chat=True), 0)
     with pytest.raises(UserError, match=r"data.few_shot\[0\] has the keys \['answer', 'prompt'\]"):
         make_stream(chat=True, few_shot=[{"prompt": "a", "answer": "b"}])
+
+
+# --- sources ------------------------------------------------------------------------------
+
+EASY, HARD = [Row(f"e{i}", "1") for i in range(4)], [Row(f"h{i}", "1", "choice") for i in range(2)]
+SOURCES = [{"path": "easy.jsonl"}, {"path": "b.jsonl", "name": "hard", "weight": 3}]
+
+
+def make_mixture(seed=1, **options) -> PromptStream:
+    rows = {"easy": EASY, "hard": HARD}
+    return PromptStream(rows, TOKENIZER, DataConfig(sources=SOURCES, **options), seed)
+
+
+def test_prompts_of_sources_are_numbered_end_to_end_and_carry_their_rule():
+    prompts = take(make_mixture(), 60)
+    assert [p.position for p in prompts] == list(range(60))
+    for prompt in prompts:
+        hard = prompt.row >= 4
+        assert prompt.source == ("hard" if hard else "easy") and prompt.rule == ("choice" if hard else None)
+        assert prompt.text == (HARD[prompt.row - 4] if hard else EASY[prompt.row]).prompt
+    assert {p.source for p in take(make_stream(), 5)} == {None}
+
+
+def test_a_source_that_has_ended_leaves_the_others_their_epochs():
+    """Each is gone through twice, whatever the weights."""
+    stream = make_mixture(epochs=2)
+    rows = [p.row for p in iter(stream.next, None)]
+    assert sorted(rows) == sorted(2 * list(range(6))) and stream.position == 12
+    assert set(rows[-4:]) <= {0, 1, 2, 3}, "the hard ones, three of four, are over first"
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 20])
+def test_a_mixture_is_resumed_exactly(stop):
+    expected = take(make_mixture(), 40)
+    first, second = make_mixture(), make_mixture()
+    assert take(first, stop) == expected[:stop]
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert take(second, 40 - stop) == expected[stop:]
+
+
+def test_a_source_of_long_prompts_alone_is_named():
+    rows = {"easy": EASY, "hard": [Row("x" * LONG, "1")]}
+    stream = PromptStream(rows, TOKENIZER, DataConfig(sources=SOURCES, max_prompt_tokens=9), 1)
+    with pytest.raises(UserError, match="data.sources 'hard': all 1 prompts are longer"):
+        take(stream, 50)
+
+
+# --- what was sampled before --------------------------------------------------------------
+
+
+def sampled(stream: PromptStream, number: int, accuracy) -> list[int]:
+    """Rows of the next prompts; each is recorded at once with `accuracy(row)`."""
+    rows = []
+    for _ in range(number):
+        prompt = stream.next()
+        assert prompt is not None
+        stream.record(prompt, accuracy(prompt.row))
+        rows.append(prompt.row)
+    return rows
+
+
+def test_solved_prompts_are_skipped_for_some_epochs():
+    """Rows 0 and 1 are always solved: in epochs 1 and 2 they are skipped, in epoch 3 sampled again."""
+    stream = make_stream(shuffle=False, skip_solved=2)
+    rows = sampled(stream, 5 + 3 + 3 + 5 + 3, lambda row: float(row < 2))
+    assert rows == [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 0, 1, 2, 3, 4, 2, 3, 4]
+    assert stream.passed_over["solved"] == 6
+    assert stream.metrics() == {
+        "data/epochs": 5.0,
+        "data/seen": 1.0,
+        "data/solved": 0.4,
+        "data/passed_over_long": 0,
+        "data/passed_over_solved": 6,
+        "data/passed_over_pool": 0,
+    }
+
+
+def test_when_everything_is_solved_its_rest_passes_at_once():
+    stream = make_stream(shuffle=False, skip_solved=3)
+    assert sampled(stream, 10, lambda row: 1.0) == [0, 1, 2, 3, 4] * 2
+    assert stream.metrics()["data/epochs"] == 5.0, "the second time in epoch 4"
+
+
+def test_a_prompt_that_is_no_longer_solved_is_sampled_each_epoch():
+    accuracies = iter([1.0] * 5 + [0.5] * 5)
+    stream = make_stream(shuffle=False, skip_solved=1)
+    sampled(stream, 10, lambda row: next(accuracies))
+    assert sampled(stream, 10, lambda row: 0.5) == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_verdict_counts_behind_the_lag():
+    """With a lag of 7, position 8 is the first that knows the verdict of position 0."""
+    data = DataConfig(shuffle=False, skip_solved=1)
+    stream = PromptStream({None: ROWS}, TOKENIZER, data, 1, lag=7)
+    assert sampled(stream, 13, lambda row: float(row == 0)) == [0, 1, 2, 3, 4] * 2 + [1, 2, 3]
+
+
+@pytest.mark.parametrize("stop", range(0, 40, 3))
+def test_a_curriculum_is_resumed_exactly(stop):
+    """Cursor, history and what waits behind the lag, as JSON."""
+    pools = [{"up_to": 0.4, "weight": 0.5}, {"up_to": 1.0, "weight": 0.7}]
+    data = DataConfig(skip_solved=2, solved=0.8, pools=pools)
+
+    def make() -> PromptStream:
+        return PromptStream({None: ROWS}, TOKENIZER, data, 1, lag=3)
+
+    def accuracy(row: int) -> float:
+        return (row + 1) / 5
+
+    whole, first, second = make(), make(), make()
+    expected = sampled(whole, 60, accuracy)
+    assert sampled(first, stop, accuracy) == expected[:stop]
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert second.state() == first.state()
+    assert sampled(second, 60 - stop, accuracy) == expected[stop:]
+    assert second.state() == whole.state() and second.metrics() == whole.metrics()
+
+
+def test_pools_that_take_nothing_are_an_error(monkeypatch):
+    monkeypatch.setattr(prompts_module, "MOST_PASSES", 3)
+    stream = make_stream(pools=[{"up_to": 1.0, "weight": 1e-9}])
+    sampled(stream, 5, lambda row: 0.5)
+    with pytest.raises(UserError, match="no prompt was taken in 3 passes; raise the weights of data.pools"):
+        stream.next()
+
+
+def test_ungraded_groups_say_nothing():
+    stream = make_stream(shuffle=False, skip_solved=1)
+    assert sampled(stream, 10, lambda row: math.nan) == [0, 1, 2, 3, 4] * 2
+    assert stream.metrics()["data/seen"] == 0

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
+from support.models import TOKEN
 from support.runs import STEPS, groups
+from support.servers import running
+
+from megatron_dapo.config import RunConfig
+from megatron_dapo.rollout.client import EngineClient
+from megatron_dapo.rollout.server import make_server
 
 pytestmark = pytest.mark.timeout(1800)  # a busy machine needs minutes for a server's start alone
 # What docs/metrics.md promises for every step.
@@ -13,7 +21,7 @@ step update reward/mean accuracy/mean response/length_mean response/length_max r
 tokens/trained tokens/generated sampling/groups_sampled sampling/groups_accepted sampling/all_correct
 sampling/all_wrong sampling/carried sampling/aborted sampling/request_failures sampling/age_mean
 tokens/wasted_all_wrong engines/idle_tail engines/idle_sync engines/idle_trainer engines/down
-reward/timeouts reward/errors
+reward/correct reward/wrong reward/no_answer reward/timeout reward/crashed
 policy/loss policy/grad_norm policy/entropy policy/clip_low policy/clip_high policy/clip_dual policy/kl_old
 policy/rollout_logprob_gap policy/rollout_logprob_gap_max policy/fresh_tokens mismatch/ess
 time/rollout time/rollouts_wait time/reward time/old_logprobs time/update time/sync time/checkpoint time/step
@@ -109,6 +117,36 @@ def test_the_export_is_the_trained_model(finished, place):
             after[name] - before[name]
         ).abs().max() <= 1.5 * STEPS * 0.003  # Adam moves at most about lr an update
     assert AutoTokenizer.from_pretrained(finished.run_dir / "hf")("1+1=")["input_ids"]
+
+
+@pytest.mark.slow
+def test_a_server_loads_an_export_on_the_way(finished, tmp_path):
+    """And answers as transformers does."""
+    from transformers import AutoModelForCausalLM
+
+    folder = max((finished.run_dir / "exports").iterdir())
+    prompt = [10, 20, 30, 40]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+    options = [
+        f"model.path={folder}",
+        f"run.dir={tmp_path}",
+        "rollout.max_tokens=64",
+        "data.max_prompt_tokens=64",
+    ]
+    config = RunConfig.load(None, [*options, "rollout.max_concurrency=8", "model.dtype=fp32"])
+    with running(make_server(config, 0, folder, TOKEN, digests="", load_format="auto")) as server:
+        tokens = asyncio.run(greedy(server.url, prompt, 8))
+    assert tokens == expected.tolist()
+
+
+async def greedy(url: str, prompt: list[int], count: int) -> list[int]:
+    client = EngineClient(url, TOKEN)
+    try:
+        [answer] = await client.generate(prompt, n=1, max_tokens=count, temperature=0.0, weight_version=0)
+        return answer.tokens.tolist()
+    finally:
+        await client.close()
 
 
 def test_exports_on_the_way_are_whole_and_the_newest_stay(finished, place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ranks import run_ranks
 
+from megatron_dapo.config import DapoConfig
 from megatron_dapo.metrics import EffectiveSize, Max, Mean, merge
-from megatron_dapo.objectives.dapo import dapo_loss
-from megatron_dapo.objectives.mismatch import LOG_LIMIT, correct, importance_weights, mismatch_sums
+from megatron_dapo.objectives.base import LOG_LIMIT, LossTerms, TokenInputs
+from megatron_dapo.objectives.dapo import dapo
+from megatron_dapo.objectives.mismatch import correct, importance_weights, mismatch_sums
+from megatron_dapo.types import Stream
 
 OLD = [-1.0, -2.0, -0.5, -3.0, -1.5]
 ROLLOUT = [-1.2, -2.4, -0.5, -2.0, -2.5]  # log w: 0.2 0.4 | 0 | -1 1
 SAMPLES = [0, 0, 1, 3, 3]  # the third sample has no response token
-PAPER: dict[str, Any] = dict(eps_low=0.2, eps_high=0.28, dual_clip=10.0)
 
 
 def t64(values) -> torch.Tensor:
@@ -99,17 +102,25 @@ def by_hand(tokens, level, correction, low, high) -> tuple[float, float, int]:
     return loss, slope, count
 
 
-def run(tokens, level, correction, low, high):
-    """The same through the functions: dapo_loss, its gradient by the log-probabilities, mismatch_sums."""
+def run(tokens, level, correction, low, high) -> tuple[LossTerms, torch.Tensor]:
+    """The same as the objective has it, and the gradient by the log-probabilities."""
     columns = list(zip(*tokens, strict=True)) if tokens else [()] * 6
     now, old, rollout, advantages = (t64(column) for column in columns[:4])
-    now.requires_grad_()
-    samples, fresh = torch.tensor(columns[4], dtype=torch.long), torch.tensor(columns[5], dtype=torch.bool)
-    w = importance_weights(old, rollout, samples, level=level, num_samples=4)
-    factors, stay = correct(w, correction=correction, low=low, high=high)
-    sums = dapo_loss(now, old, advantages, stay, factors, **PAPER)
-    sums.loss.backward()
-    return sums, now.grad, mismatch_sums(old, rollout, fresh, w, stay)
+    config = DapoConfig(
+        mismatch_correction=correction, mismatch_level=level, mismatch_low=low, mismatch_high=high
+    )
+    inputs = TokenInputs(
+        logprobs_R=now.requires_grad_(),
+        entropy_R=torch.zeros(len(now)),
+        advantages_R=advantages,
+        fresh_R=torch.tensor(columns[5], dtype=torch.bool),
+        samples_R=torch.tensor(columns[4], dtype=torch.int64),
+        num_samples=4,
+        streams={Stream.OLD_LOGPROBS: old, Stream.ROLLOUT_LOGPROBS: rollout},
+    )
+    terms = dapo(config).loss(inputs)
+    terms.loss.backward()
+    return terms, now.grad
 
 
 CASES = [
@@ -123,7 +134,7 @@ CASES = [
 @given(tokens=st.lists(TOKEN, min_size=1, max_size=16))
 @settings(deadline=None)
 def test_the_corrected_loss_equals_the_loop(case, tokens):
-    sums, gradient, _ = run(tokens, *case)
+    sums, gradient = run(tokens, *case)
     loss, slope, count = by_hand(tokens, *case)
     assert float(sums.loss.detach()) == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert float(gradient.abs().sum()) == pytest.approx(slope, rel=1e-5, abs=1e-6)
@@ -147,20 +158,19 @@ def test_the_parts_add_up_to_the_whole(case, split):
     micro-batch.
     """
     tokens = make_tokens()
-    sums, _, gaps = run(tokens, *case)
-    parts = [run([t for t in tokens if t[4] in samples], *case) for samples in split]
-    for name in ("loss", "num_tokens", "clip_low", "clip_high", "kl_old"):
-        whole = float(getattr(sums, name).detach())
-        assert sum(float(getattr(part[0], name).detach()) for part in parts) == pytest.approx(
-            whole, rel=1e-9, abs=1e-9
-        )
-    for name in ("gap", "kl_k1", "kl_k3", "weights", "squares", "masked"):
-        assert sum(float(getattr(part[2], name)) for part in parts) == pytest.approx(
-            float(getattr(gaps, name)), rel=1e-9, abs=1e-9
-        )
-    assert max(float(part[2].gap_max) for part in parts) == float(gaps.gap_max)
-    assert 0 < int(sums.num_tokens) < len(tokens) or case[1] != "mask"
-    assert int(sums.num_tokens + gaps.masked) == len(tokens)
+    whole, _ = run(tokens, *case)
+    parts = [run([t for t in tokens if t[4] in samples], *case)[0] for samples in split]
+    assert float(sum(part.loss.detach() for part in parts)) == pytest.approx(
+        float(whole.loss.detach()), rel=1e-9
+    )
+    added, largest = (merge(part.metrics for part in parts), whole.metrics)
+    for name, metric in largest.items():
+        found = [float(getattr(added[name], field.name)) for field in dataclasses.fields(metric)]
+        expected = [float(getattr(metric, field.name)) for field in dataclasses.fields(metric)]
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9), name
+    excluded = sum(int(part.excluded) for part in parts)
+    assert excluded == int(whole.excluded) == len(tokens) - int(whole.num_tokens)
+    assert 0 < int(whole.num_tokens) < len(tokens) or case[1] != "mask"
 
 
 # --- what is reported -------------------------------------------------------------------

@@ -47,6 +47,8 @@ RUNS |= {
         updates=[GOOD, BAD_GRADIENT, Poison(advantage=math.inf), GOOD, BAD_GRADIENT],
     ),
     "limit": PoisonedRun(layout="dp2", overrides=SKIP, updates=[BAD_GRADIENT] * 3),
+    "empty-dp2": PoisonedRun(layout="dp2", updates=[GOOD, Poison(empty=True), GOOD]),
+    "empty-pp2": PoisonedRun(layout="pp2", updates=[Poison(empty=True), GOOD]),
     "never bad": PoisonedRun(layout="dp2", overrides=SKIP, updates=[GOOD, GOOD]),
 }
 
@@ -122,6 +124,19 @@ def test_weights_spoilt_by_the_update_stop_whatever_is_configured(reports):
     for (bad,) in on_each_rank(reports, "after"):
         assert f"after update 1 the weights are not finite (rank 1: parameter {NAME})" in bad["raised"]
         assert "resume from the last checkpoint" in bad["raised"]
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_an_update_without_a_trained_token_did_not_happen(reports, layout):
+    """AdamW would move the weights by their decay, and by its moments where there are some."""
+    for rank in on_each_rank(reports, f"empty-{layout}"):
+        (empty,) = [update for update in rank if update["says_skipped"]]
+        k = rank.index(empty)
+        assert empty["untouched"] and empty["same_rate"] and (empty["tokens"], empty["skipped"]) == (0, 1)
+        assert empty["num_updates"] == k and rank[k + 1]["num_updates"] == k + 1
+        (warning,) = empty["warnings"]
+        assert warning.startswith(f"update {k + 1}: no token is in the loss (no response is trained on)")
+        assert not rank[k + 1]["untouched"] and not empty["raised"]
 
 
 def test_a_skipped_update_did_not_happen(reports):

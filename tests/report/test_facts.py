@@ -40,6 +40,7 @@ def test_the_line_of_a_step(tmp_path):
                 "truncated": [False],
                 "weight_version": 1,
                 "verdict": "all_correct",
+                "source": None,
                 "timing": ["engine_1", 10.5, 12.0, 12.25],
             },
             {
@@ -51,6 +52,7 @@ def test_the_line_of_a_step(tmp_path):
                 "truncated": [False, False],
                 "weight_version": 2,
                 "verdict": "accepted",
+                "source": None,
                 "timing": None,
             },
         ],

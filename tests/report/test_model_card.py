@@ -53,5 +53,5 @@ def test_results_are_the_first_and_the_last_up_to_the_step(config, tmp_path):
 def test_a_folder_is_no_name_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "hf").mkdir(parents=True)
-    assert hub_name("Qwen/Qwen2.5-32B") == "Qwen/Qwen2.5-32B"
+    assert hub_name("Qwen/Qwen2.5-32B") == hub_name("Qwen2.5-32B") == "Qwen/Qwen2.5-32B"
     assert hub_name("runs/hf") is hub_name(str(tmp_path)) is hub_name("model") is None

@@ -74,9 +74,10 @@ def test_what_has_no_grade_is_in_no_mean():
 
 def test_tokens_and_grades_are_counted():
     step = collected([EASY, TRAINED, GOOD_BEHIND], surplus_dropped=1)
-    measured = metrics(step, grades={"graded": 9, "timeout": 2, "error": 1})
+    grades = {"correct": 5, "wrong": 3, "no_answer": 4, "timeout": 2, "crashed": 1}
+    measured = metrics(step, grades=grades)
     assert measured["tokens/generated"] == 20 + 60 + 120
     assert measured["tokens/wasted_all_correct"] == 20 and measured["tokens/wasted_surplus"] == 120
     assert measured["tokens/wasted_all_wrong"] == measured["tokens/wasted_outside_window"] == 0
-    assert (measured["reward/timeouts"], measured["reward/errors"]) == (2, 1)
+    assert {name: measured[f"reward/{name}"] for name in grades} == grades
     assert measured["accuracy/mean"] == (1 + 0.5 + 0.5) / 3

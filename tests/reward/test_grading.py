@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dapo.config import RewardConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.reward.grading import Grader
-from megatron_dapo.reward.pool import Grade
+from megatron_dapo.reward.jobs import Grade
 from megatron_dapo.types import Completion, Timing
 
-RIGHT = Grade(correct=True, outcome="graded")
-WRONG = Grade(correct=False, outcome="graded")
-ERROR = Grade(correct=None, outcome="error")
-TIMEOUT = Grade(correct=None, outcome="timeout")
+RIGHT = Grade("correct", 1.0)
+WRONG = Grade("wrong", -1.0)
+ERROR = Grade("crashed")
+TIMEOUT = Grade("timeout")
 LONGEST = 10
+NONE = dict.fromkeys(("correct", "wrong", "no_answer", "timeout", "crashed"), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,39 @@ def test_long_responses_are_penalised_whatever_their_grade(make_grader):
     assert all(completion.trained.all() for completion in group.completions)
 
 
+async def test_a_prompts_rule_goes_before_the_verifier(make_grader):
+    grader, said = make_grader(verifier="dapo"), says("\\boxed{7}")
+    assert (await grader.grade(make_prompt(answer="7"), said)).outcome == "no_answer"
+    named = dataclasses.replace(make_prompt(answer="7"), rule="exact")
+    assert await grader.grade(named, said) == RIGHT
+    with pytest.raises(UserError, match="reward.verifier='dappo'"):
+        await grader.grade(dataclasses.replace(named, rule="dappo"), said)
+
+
+async def test_rules_see_the_prompt(make_grader, tmp_path, monkeypatch):
+    (tmp_path / "prompt_rule.py").write_text("def rule(response, answer, row): return row['prompt'] == 'Q?'")
+    monkeypatch.syspath_prepend(tmp_path)
+    grader = make_grader(verifier="prompt_rule:rule")
+    for text, decision in (("Q?", "correct"), ("Q!", "wrong")):
+        prompt = dataclasses.replace(make_prompt(answer="7"), text=text)
+        assert (await grader.grade(prompt, says("7"))).outcome == decision
+
+
+def test_several_rewards_are_weighted_and_kept_apart(make_grader):
+    grader = make_grader(rules={"exact": 0.25, "choice": -2.0}, overlong_cache=4)
+    grades = [Grade("wrong", -0.5, extra=(1.0, 0.5)), Grade("crashed")]
+    group = grader.group(make_prompt(), [make_completion((7,) * n) for n in (8, 9)], grades)
+    assert group.rewards == (-0.5 + 0.25 - 1.0 - 0.5, -0.75) and group.correct == (False, None)
+    parts = [completion.reward_parts for completion in group.completions]
+    assert parts[0] == {"verifier": -0.5, "exact": 0.25, "choice": -1.0, "overlong": -0.5}
+    assert parts[1] == {"verifier": 0.0, "exact": 0.0, "choice": 0.0, "overlong": -0.75}
+
+
+def test_one_reward_has_no_parts(make_grader):
+    (completion,) = make_grader().group(make_prompt(), [make_completion((7,))], [RIGHT]).completions
+    assert completion.reward_parts == {}
+
+
 @pytest.mark.parametrize("overlong_filter", [False, True])
 def test_the_overlong_filter_masks_truncated_responses_and_only_those(make_grader, overlong_filter):
     completions = [make_completion((7, 7), finish_reason="length"), make_completion((7, 7))]
@@ -113,11 +148,11 @@ async def test_what_became_of_the_grades_is_counted_until_it_is_reset(make_grade
     prompt = make_prompt(answer="7")
     texts = ["7", "8", "hang", "raise", "crash"]
     await asyncio.gather(*(grader.grade(prompt, says(text)) for text in texts))
-    assert grader.counts == {"graded": 2, "timeout": 1, "error": 2}
+    assert grader.counts == NONE | {"correct": 1, "wrong": 1, "timeout": 1, "crashed": 2}
     grader.reset()
-    assert grader.counts == {"graded": 0, "timeout": 0, "error": 0}
+    assert grader.counts == NONE
     assert await grader.grade(prompt, says("7")) == RIGHT
-    assert grader.counts == {"graded": 1, "timeout": 0, "error": 0}
+    assert grader.counts == NONE | {"correct": 1}
 
 
 async def test_a_grade_that_is_no_longer_waited_for_is_not_counted(make_grader):
@@ -127,7 +162,7 @@ async def test_a_grade_that_is_no_longer_waited_for_is_not_counted(make_grader):
     for task in tasks:
         task.cancel()
     assert await grader.grade(make_prompt(answer="7"), says("8")) == WRONG
-    assert grader.counts == {"graded": 1, "timeout": 0, "error": 0}
+    assert grader.counts == NONE | {"wrong": 1}
 
 
 async def test_seconds_are_of_the_clock_not_of_the_completions(make_grader, monkeypatch):
@@ -137,7 +172,7 @@ async def test_seconds_are_of_the_clock_not_of_the_completions(make_grader, monk
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     asked: list[asyncio.Future] = []
 
-    def grade_tokens(tokens: np.ndarray, answer: str) -> asyncio.Future:
+    def grade_tokens(tokens: np.ndarray, answer: str, *, rule: None, row: dict) -> asyncio.Future:
         asked.append(asyncio.get_running_loop().create_future())
         return asked[-1]
 

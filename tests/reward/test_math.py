@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_dapo.reward.math import dapo_correct, load_verifier, math_verify_correct, normalise
+from megatron_dapo.reward.math import dapo_correct, normalise
 
 CORRECT = [
     ("So 3+4 is 7.\nAnswer: 7", "7"),
@@ -83,80 +83,10 @@ def test_normalise(text, expected):
     assert normalise(text) == expected
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("Answer: 0.5", "\\frac{1}{2}"),
-        ("so \\boxed{\\frac12}", "0.5"),
-        ("so $x^2 + 2x + 1$", "(x+1)^2"),
-        ("Answer: 1,234", "1234"),
-        ("Answer: $18$", "\\$18"),
-        ("\\boxed{\\{2, 1\\}}", "$\\{1, 2\\}$"),
-    ],
-)
-def test_math_verify_accepts_equal_values(response, answer):
-    assert math_verify_correct(response, answer) is True
+def test_plain_integers_are_normalised_as_all_else():
+    assert normalise(" 007 ") == "007" and normalise("-7") == "-7" and normalise("\t7") == "7"
 
 
-@pytest.mark.parametrize(
-    ("response", "answer"), [("Answer: 0.51", "\\frac{1}{2}"), ("", "7"), ("no number", "7")]
-)
-def test_math_verify_rejects(response, answer):
-    assert math_verify_correct(response, answer) is False
-
-
-def test_math_verify_refuses_an_answer_it_cannot_read():
-    with pytest.raises(ValueError, match="cannot read the answer ''"):
-        math_verify_correct("Answer: 7", "")
-
-
-def test_math_verify_leaves_the_alarm_signal_alone(monkeypatch):
-    import signal
-
-    def forbidden(*_):
-        raise AssertionError("signal.alarm was used")
-
-    monkeypatch.setattr(signal, "alarm", forbidden)
-    assert math_verify_correct("Answer: 1/2", "0.5")
-
-
-MODULE = """
-not_a_function = 3
-def one_argument(response): return True
-def right(response, answer): return response == answer
-async def slow(response, answer): return True
-"""
-
-
-@pytest.fixture
-def user_module(tmp_path, monkeypatch):
-    (tmp_path / "user_verifier_module.py").write_text(MODULE)
-    (tmp_path / "broken_verifier_module.py").write_text("import does_not_exist_anywhere")
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-def test_load_verifier_finds_the_three_kinds(user_module):
-    assert load_verifier("dapo") is dapo_correct
-    assert load_verifier("math_verify") is math_verify_correct
-    assert load_verifier("user_verifier_module:right")("a", "a")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("dappo", "must be 'dapo', 'math_verify' or 'package.module:function'"),
-        ("", "must be 'dapo'"),
-        (":right", "must be 'dapo'"),
-        ("user_verifier_module:", "must be 'dapo'"),
-        ("no_such_module_at_all:right", "PYTHONPATH"),
-        ("broken_verifier_module:right", "does_not_exist_anywhere"),
-        ("user_verifier_module:wrong", "it offers one_argument, right, slow"),
-        ("user_verifier_module:not_a_function", "has no function 'not_a_function'"),
-        ("user_verifier_module:one_argument", "must take \\(response, answer\\)"),
-        ("user_verifier_module:slow", "async"),
-    ],
-)
-def test_load_verifier_explains_what_is_wrong(user_module, spec, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load_verifier(spec)
-    assert f"reward.verifier={spec!r}" in str(error.value)
+def test_the_release_itself_knows_no_box():
+    assert dapo_correct("\\boxed{7}", "7") and not dapo_correct("\\boxed{7}", "7", boxed=False)
+    assert dapo_correct("Answer: 7", "7", boxed=False)

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from megatron_dapo.errors import UserError
 from megatron_dapo.reward.decoding import DecoderSource, decoder_source
-from megatron_dapo.reward.pool import Grade, GradingPool
+from megatron_dapo.reward.jobs import FRAME_BYTES, Call, Grade, Job, Jobs
+from megatron_dapo.reward.pool import GradingPool
 
-RIGHT = Grade(correct=True, outcome="graded")
-WRONG = Grade(correct=False, outcome="graded")
-TIMEOUT = Grade(correct=None, outcome="timeout")
-ERROR = Grade(correct=None, outcome="error")
+RIGHT = Grade("correct", 1.0)
+WRONG = Grade("wrong", -1.0)
+TIMEOUT = Grade("timeout")
+ERROR = Grade("crashed")
 CHECK = "pool_verifiers:check"
 BYTES = DecoderSource(library="tokenizers", body=make_byte_backend().to_str().encode())
 # How responses reach the workers: as texts, or as token ids that the workers decode.
@@ -212,7 +213,7 @@ async def test_crash_costs_one_response(pool, ask, caplog):
     [
         ("raise", "LookupError: broken on purpose"),
         ("exit", "SystemExit: on purpose"),
-        ("score", "returned -1.0, it must return True"),
+        ("text", "returned 'yes'; it must be True, False, a finite number"),
     ],
 )
 async def test_exception_is_an_error_and_its_first_traceback_is_logged_once(
@@ -335,3 +336,61 @@ def test_forgotten_pool_ends_with_the_interpreter():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert (result.returncode, result.stdout, result.stderr) == (0, "up\n", "")
+
+
+def test_a_worker_takes_its_share_of_what_waits():
+    async def main() -> None:
+        call = Call("text", "7", ["dapo"], None, 9)
+        jobs = Jobs(workers=2)
+        jobs.put([Job(call, index, b"") for index in range(9)])
+        first = [job.index for job in jobs.take(256)]
+        assert first == [0, 1, 2, 3, 4]  # half of nine and one
+        assert [job.index for job in jobs.take(2)] == [5, 6]
+        jobs.put([Job(call, 9, b"x" * FRAME_BYTES)], first=True)
+        assert [job.index for job in jobs.take(256)] == [9]  # as many bytes as go at once
+        assert [job.index for job in jobs.close()] == [7, 8]
+        assert jobs.take(256) == [] and not jobs.put([Job(call, 0, b"")])
+
+    asyncio.run(main())
+
+
+async def test_of_responses_sent_at_once_one_is_to_blame(pool):
+    quick = ["7", "8"] * 500
+    await pool.grade(quick, "7")  # from now on several go at once
+    texts = [*quick[:100], "crash", *quick[:100], "hang", *quick[:100]]
+    expected = [RIGHT, WRONG] * 50
+    assert await pool.grade(texts, "7") == [*expected, ERROR, *expected, TIMEOUT, *expected]
+
+
+async def test_a_row_may_name_its_rule(pool, ask):
+    assert await ask(pool, ["Answer: 7"], "7") == [WRONG]  # pool_verifiers:check wants it verbatim
+    grades = await pool.grade(["Answer: 7", "Answer: 8", "7"], "7", rule="dapo")
+    assert grades == [RIGHT, WRONG, Grade("no_answer", -1.0)]
+    assert [grade.extracted for grade in grades] == ["7", "8", None]
+    assert (await pool.grade_tokens(as_tokens("Answer: 7"), "7", rule="dapo")) == RIGHT
+    assert await ask(pool, ["7"], "7") == [RIGHT]
+
+
+async def test_a_row_that_names_no_rule_is_the_users_to_mend(pool):
+    good = asyncio.create_task(pool.grade(["7"], "7"))
+    with pytest.raises(UserError, match="reward.verifier='dappo' must be"):
+        await pool.grade(["7", "7"], "7", rule="dappo")
+    assert await good == [RIGHT]
+
+
+async def test_further_rules_add_scores_and_see_the_row(tmp_path, monkeypatch):
+    (tmp_path / "row_rule.py").write_text("def worth(response, answer, row): return row['worth']")
+    monkeypatch.syspath_prepend(tmp_path)
+    with GradingPool("dapo", workers=1, timeout_s=10, rules=["row_rule:worth", "exact"]) as pool:
+        (grade,) = await pool.grade(["Answer: 8"], "7", row={"worth": 0.5})
+        assert (grade.outcome, grade.score, grade.extra) == ("wrong", -1.0, (0.5, -1.0))
+        assert await pool.grade(["Answer: 7"], "7", row={"worth": None}) == [ERROR]
+    with pytest.raises(UserError, match="reward.verifier='dappo'"):
+        GradingPool("dapo", workers=1, timeout_s=10, rules=["dappo"])
+
+
+async def test_one_grade_may_take_so_much_memory(tmp_path, monkeypatch):
+    (tmp_path / "hungry.py").write_text("def rule(response, answer): return len(bytes(int(response))) > 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with GradingPool("hungry:rule", workers=1, timeout_s=10, memory_bytes=1 << 28) as pool:
+        assert await pool.grade([str(1 << 27), str(1 << 29), str(1 << 27)], "7") == [RIGHT, ERROR, RIGHT]

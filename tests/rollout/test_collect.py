@@ -272,10 +272,10 @@ async def test_a_group_that_no_step_can_train_on_is_kept_as_facts():
 async def test_a_window_that_may_widen_keeps_what_it_may_come_to():
     """Widened, (0.4, 0.6) comes to (0, 1): 1 and 3 of 4 right are trained on then, 0 and 4 never."""
     collector, _ = make(low=0.4, high=0.6, adaptive=True)
-    kept = [type(collector._kept_of(make_group(make_prompt(0), correct))) for correct in range(5)]
+    kept = [type(collector._filter.kept_of(make_group(make_prompt(0), correct))) for correct in range(5)]
     assert kept == [GroupFacts, Group, Group, Group, GroupFacts]
     collector, _ = make(dynamic=False)
-    assert isinstance(collector._kept_of(make_group(make_prompt(0), RIGHT)), Group)
+    assert isinstance(collector._filter.kept_of(make_group(make_prompt(0), RIGHT)), Group)
 
 
 async def test_the_facts_of_all_that_finished_are_told_with_their_verdicts():

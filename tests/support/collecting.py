@@ -25,12 +25,22 @@ class Stream:
     correct: list[int] = field(default_factory=list)  # by position; MIXED beyond its end
     length: float = float("inf")
     position: int = 0
+    recorded: list[tuple[int, float]] = field(default_factory=list)
 
     def next(self) -> Prompt | None:
         if self.position >= self.length:
             return None
         self.position += 1
         return make_prompt(self.position - 1)
+
+    def record(self, prompt: Prompt, accuracy: float) -> None:
+        self.recorded.append((prompt.position, accuracy))
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
 
     def correct_of(self, position: int) -> int:
         return self.correct[position] if position < len(self.correct) else MIXED
@@ -153,7 +163,8 @@ def state_of(
     for position in carried:
         prompt = make_prompt(position)
         slots.append(Slot(prompt, admitted=True, result=make_group(prompt, MIXED, size=G), reported=True))
-    return {"slots": sorted(slots, key=lambda slot: slot.prompt.position), "verdicts": verdicts}
+    slots = sorted(slots, key=lambda slot: slot.prompt.position)
+    return {"slots": slots, "verdicts": verdicts, "window": 0}
 
 
 def believe(collector: Collector, rate: float) -> None:

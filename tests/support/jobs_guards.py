@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +23,14 @@ BAD_SAMPLE, BAD_TOKEN = 2, 9  # the sample has 6 prompt tokens
 class Poison:
     """One bad value for the time of an update, or none: an advantage of sample BAD_SAMPLE (on the rank that
     has it), or on one rank gradients of `names`, the parameter NAME before the update, or the same parameter
-    after it.
+    after it. empty: the update has no trained token.
     """
 
     advantage: float | None = None
     gradient: float | None = None
     parameter: float | None = None
     after: float | None = None
+    empty: bool = False
     rank: int = 0
     names: Sequence[str] = (EARLIER, NAME)
 
@@ -73,7 +75,7 @@ def update(policy: Any, batch: Any, poison: Poison) -> dict[str, Any]:
     with poisoned(policy, batch, poison):
         before, rate, message, result = digest(policy), policy.optimizer.param_groups[0]["lr"], "", None
         try:
-            result = policy.update(batch, 0)
+            result = policy.update(without_tokens(batch) if poison.empty else batch, 0)
         except NotFinite as error:
             message = str(error)
         return {
@@ -87,6 +89,14 @@ def update(policy: Any, batch: Any, poison: Poison) -> dict[str, Any]:
             "same_rate": policy.optimizer.param_groups[0]["lr"] == rate,
             "num_updates": policy.num_updates,
         }
+
+
+def without_tokens(batch: Any) -> Any:
+    """Every response masked, as overlong filtering does."""
+    (mini,) = batch.mini_batches
+    mini = dataclasses.replace(mini, num_tokens=0, denominator=0)
+    masked_T = torch.zeros_like(batch.response_mask_T)
+    return dataclasses.replace(batch, response_mask_T=masked_T, mini_batches=(mini,))
 
 
 def run_poisoned(model: str, folder: str, runs: dict[str, PoisonedRun]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Stream:
         self.position += 1
         return make_prompt(self.position - 1, tokens=(self.position - 1,))
 
+    def record(self, prompt: Prompt, accuracy: float) -> None: ...
+
     def state(self) -> dict[str, int]:
         return {"position": self.position}
 

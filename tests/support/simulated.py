@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ class OldCollector(Collector):
     def _close_step(self) -> Collected:
         kept = self._slots[: self._known]
         for slot in self._slots[self._known :]:
-            if slot.result is not None and self._verdict(slot.result) != "accepted":
+            if slot.result is not None and self._filter.verdict(slot.result) != "accepted":
                 continue
             if slot.task is not None:
                 slot.task.cancel()
@@ -157,7 +158,8 @@ class Simulation:
     needed runs ahead.
 
     kills: step -> ticks after which the process is stopped with a checkpoint, and resumed; if the step is
-    over by then, it is stopped behind the push.
+    over by then, it is stopped behind the push. stream: makes the prompts, anew for each resume. max_prompts:
+    the cap; default one that is never reached, and with `max_prompts` a smaller batch is trained there.
     """
 
     outcome: Outcomes
@@ -171,12 +173,14 @@ class Simulation:
     train_ticks: int = 0
     kills: Mapping[int, int] = field(default_factory=dict)
     kind: type[Collector] = Collector
+    stream: Callable[[], Any] = Stream
+    max_prompts: int | None = None
 
     def run(self, steps: int) -> list[Collected]:
         return asyncio.run(self._run(steps))
 
     async def _run(self, steps: int) -> list[Collected]:
-        self.engine, self._stream = Engine(self.outcome, self.concurrency), Stream()
+        self.engine, self._stream = Engine(self.outcome, self.concurrency), self.stream()
         collector = self._collector()
         collected = []
         for step in range(steps):
@@ -208,9 +212,10 @@ class Simulation:
     async def _resumed(self, collector: Collector) -> Collector:
         """Another collector on another engine that goes on from this one's state."""
         beginnings = self.engine.beginnings() if collector.is_continuous else {}
-        state, cursor, engine = collector.state(beginnings), self._stream.position, self.engine.restarted()
+        state, cursor, engine = collector.state(beginnings), self._stream.state(), self.engine.restarted()
         await collector.stop()
-        self.engine, self._stream = engine, Stream(position=cursor)
+        self.engine, self._stream = engine, self.stream()
+        self._stream.load_state(cursor)
         collector = self._collector()
         collector.load_state(state)
         return collector
@@ -220,7 +225,8 @@ class Simulation:
             prompts_per_step=self.prompts_per_step,
             samples_per_prompt=G,
             max_age=self.max_age,
-            max_prompts=100 * self.prompts_per_step + 100,
+            max_prompts=self.max_prompts or 100 * self.prompts_per_step + 100,
+            on_cap="train_smaller_batch" if self.max_prompts else "error",
         )
         return self.kind(
             prompts=self._stream,

@@ -19,7 +19,7 @@ from support.weights import megatron_names, small_model
 from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import read_model
-from megatron_dapo.sync.fp8_blocks import BlockWeights, block_holdings, quantize
+from megatron_dapo.sync.fp8_blocks import BlockWeights, block_holdings
 from megatron_dapo.sync.plan import Worker, make_plan
 from megatron_dapo.sync.regions import MappedBox
 from megatron_dapo.sync.sink_checks import problems
@@ -28,6 +28,7 @@ from megatron_dapo.weights.block_fp8 import (
     checkpoint_facts,
     linear_weights,
     quantization_config,
+    quantize,
     scale_shapes,
 )
 from megatron_dapo.weights.names import hf_shapes

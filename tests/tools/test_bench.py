@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dapo.reward.math import load_verifier
+from megatron_dapo.reward.rules import load_rule
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -66,8 +66,9 @@ def test_ages_are_compared_at_equal_lengths_only(bench):
 
 
 def test_a_grading_worker_loads_the_verifier_without_the_benchmarks(bench):
-    verifier = load_verifier("bench:even_length")
-    assert verifier("ab", "?") is False and verifier("ac", "?") is True  # 97 + 98, 97 + 99
+    rule = load_rule("bench:even_length")
+    decisions = [rule(response, "?", {}).decision for response in ("ab", "ac")]  # 97 + 98, 97 + 99
+    assert decisions == ["wrong", "correct"]
     code = "import sys, bench; print('torch' in sys.modules, 'benchmarks' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS)}
     done = subprocess.run(

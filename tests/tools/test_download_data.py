@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from megatron_dapo.config import RunConfig
-from megatron_dapo.data.prompts import Row, load_rows
+from megatron_dapo.data.rows import Row, load_rows
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "download_data.py"
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -36,6 +36,28 @@ def test_a_hub_name_that_cannot_be_fetched(monkeypatch):
         hf.resolve_folder("owner/name")
 
 
+@pytest.mark.parametrize(
+    ("model", "asked"),
+    [
+        ("Qwen2.5-32B", "Qwen/Qwen2.5-32B"),
+        ("Qwen3-30B-A3B", "Qwen/Qwen3-30B-A3B"),
+        ("someone/Qwen2.5-32B", "someone/Qwen2.5-32B"),
+    ],
+)
+def test_a_name_of_a_family_is_looked_for_under_its_owners(monkeypatch, tmp_path, model, asked):
+    """Unless a folder has that name."""
+    import huggingface_hub
+
+    def snapshot(name, **_):
+        return f"/hub/{name}"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    assert hf.resolve_folder(model) == Path("/hub") / asked
+    Path(model).mkdir(parents=True)
+    assert hf.resolve_folder(model) == Path(model)
+
+
 def test_slices_of_one_file_and_of_several(folder):
     whole = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"

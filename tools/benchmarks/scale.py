@@ -126,6 +126,8 @@ class _Stream:
         position = self._position
         return Prompt(position=position, row=position, text="?", answer="1", tokens=PROMPT_TOKENS)
 
+    def record(self, prompt: Prompt, accuracy: float) -> None: ...
+
     def state(self) -> dict[str, Any]:
         return {"position": self._position}
 

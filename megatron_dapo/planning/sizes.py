@@ -1,0 +1,76 @@
+"""How many bytes of parameters, gradients and optimizer state a rank has: pure arithmetic over the table of
+parameters (weights/names.py). build.py counts the same in Megatron's own objects.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from megatron_dapo.config import RunConfig
+from megatron_dapo.layout import Layout
+from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.weights.names import ROWS, Row
+from megatron_dapo.weights.slices import padded_vocab
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of one rank. elements: of its parameters; the others are bytes."""
+
+    elements: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def rank_sizes(config: RunConfig, model: ModelSpec, stage: int) -> Sizes:
+    """Of every rank of a pipeline stage. Gradients are fp32. AdamW keeps two moments in fp32, and for bf16
+    weights an fp32 copy; the distributed optimizer shards them over the ranks that have the same parameters.
+    """
+    layout = config.layout.to_layout()
+    dense, expert = rank_elements(model, layout, stage)
+    dense_copies = layout.dp * layout.cp
+    expert_copies = dense_copies * layout.tp // (layout.ep * layout.etp)
+    if not config.optimizer.distributed:
+        dense_copies = expert_copies = 1
+    bf16 = config.model.dtype == "bf16"
+    per_element = 12 if bf16 else 8
+    return Sizes(
+        elements=dense + expert,
+        weights=(dense + expert) * (2 if bf16 else 4),
+        gradients=(dense + expert) * 4,
+        optimizer=per_element * (math.ceil(dense / dense_copies) + math.ceil(expert / expert_copies)),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def rank_elements(model: ModelSpec, layout: Layout, stage: int) -> tuple[int, int]:
+    """Elements of the parameters outside and inside of experts, padding of the vocabulary included."""
+    counts = {False: 0, True: 0}
+    for row in ROWS:
+        if row.needs is None or getattr(model, row.needs):
+            counts[row.expert] += _copies(row, model, layout, stage) * _shard(row, model, layout)
+    return counts[False], counts[True]
+
+
+def _copies(row: Row, model: ModelSpec, layout: Layout, stage: int) -> int:
+    """Parameters of this kind on a rank of the stage."""
+    name, last = row.megatron[0], layout.pp - 1
+    if name.startswith("decoder.layers."):
+        return model.num_layers // layout.pp * (model.num_experts // layout.ep if row.expert else 1)
+    if name.startswith("embedding."):
+        return int(stage == 0 or (stage == last and model.tied))
+    return int(stage == last)
+
+
+def _shard(row: Row, model: ModelSpec, layout: Layout) -> int:
+    shapes = [model.shape(sizes) for sizes in row.hf.values()]
+    elements, parts = sum(map(math.prod, shapes)), layout.etp if row.expert else layout.tp
+    if row.split == "replicated":
+        return elements
+    if row.split == "vocab":
+        [(rows, width)] = shapes
+        return padded_vocab(rows, parts) // parts * width
+    return elements // parts
