@@ -94,7 +94,7 @@ def test_a_row_nested_thousands_deep_is_one_line(run, started, capsys, tmp_path)
 
 
 def test_a_fault_of_the_code_keeps_its_traceback(run, started, monkeypatch):
-    def fails(config: Any) -> None:
+    def fails(config: Any, deep: bool) -> None:
         raise ValueError("a fault inside torch")
 
     monkeypatch.setattr(preflight, "check", fails)
@@ -112,7 +112,7 @@ def test_rank_0_checks_unless_the_launcher_did(run, monkeypatch, rank, run_id, c
     checked = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-    monkeypatch.setattr(preflight, "check", checked.append)
+    monkeypatch.setattr(preflight, "check", lambda config, deep: checked.append(config))
     monkeypatch.setattr(train, "run_rank", lambda config: 0)
     assert train.main(run) == 0
     assert len(checked) == checks

@@ -151,6 +151,7 @@ def test_engines_that_keep_dying_end_the_run_with_its_checkpoint(place):
     assert (run_dir / "checkpoints" / f"step_{last:06d}" / "run.pt").exists()
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_ends_the_run_with_its_words(place):
     run_dir = place.folder / "no_engine"
     arguments = overrides(place.model, place.data, run_dir, **{"rollout__extra_args": "[--no-such-flag]"})
@@ -161,6 +162,7 @@ def test_an_engine_that_cannot_start_ends_the_run_with_its_words(place):
     assert "Traceback" not in run.text
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_batch(place):
     """A learning rate of 1e30 makes the second update of the first step overflow."""
     run_dir = place.folder / "overflow"

@@ -6,7 +6,7 @@ import pytest
 from support.ranks import run_ranks
 
 
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(2, 1, 2), pytest.param(1, 2, 2, marks=pytest.mark.slow)])
 def test_every_rank_gets_its_part_and_not_a_byte_of_the_others(tp, pp, dp):
     ranks = run_ranks("support.batch_jobs:take_part", tp * pp * dp, tp=tp, pp=pp, dp=dp)
     assert all(rank["same"] for rank in ranks)

@@ -62,6 +62,7 @@ def test_gradients_are_dropped_and_the_optimizers_state_is_on_the_host(trained, 
             )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_saved_meanwhile(model, tmp_path):
     names = ["dp2_bf16", "dp2_bf16_unsharded", "pp2_vpp2_bf16"]
     for report in run_ranks("support.jobs_offload:save", 2, runs=runs(model, names), folder=str(tmp_path)):

@@ -100,6 +100,10 @@ class SleepyServer:
         return web.Response(status=503 if self._code else 200)
 
     async def _call(self, name: str, request: web.Request) -> web.StreamResponse:
+        if self._code is not None:  # it is dead; a call that was under way gets no answer
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response(status=500)
         if name == "wake":
             name = f"wake {request.query['tags']}"
         if name != "reset" and self.calls[-1] != name:  # chunks and requests come in any number
