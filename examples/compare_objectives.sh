@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ppo, dpo, grpo and dapo side by side on a CPU laptop, from one tiny base model: equal updates, equal numbers of sampled responses.
-#   bash examples/compare_objectives.sh [--seeds 2] [--steps 20] [--objectives ppo dpo grpo dapo] [section.key=value ...]
+#   bash examples/compare_objectives.sh [--seeds 2] [--steps 20] [--objectives ppo,dpo,grpo,dapo|all] [section.key=value ...]
 # Prints a table and draws runs/compare_objectives/comparison.png; runs that are there already are not made again.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

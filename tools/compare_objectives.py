@@ -45,19 +45,26 @@ KINDS: dict[str, tuple[str, ...]] = {
     "grpo": ("sampling.dynamic=false",),
     "dapo": ("sampling.dynamic=true",),
 }
+# What `--objectives all` adds: each, like grpo, trains on all groups.
+OTHERS = (
+    *("dr_grpo", "gspo", "cispo", "sapo", "gmpo", "dppo"),
+    *("maxrl", "rloo", "reinforce_pp", "lite_ppo"),
+)
 COLOURS = {"ppo": "#8a6fb0", "dpo": "#4c9a6a", "grpo": "#2c6fbb", "dapo": "#c44e2c"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a finished run has measured. accuracies: held-out, by update. norms: of the gradient, by update.
-    useless: share of groups whose responses are all correct or all wrong.
+    useless: share of groups whose responses are all correct or all wrong. clipped: share of the trained tokens
+    at whose ratio the objective's clip acted; None where it has none.
     """
 
     accuracies: dict[int, float]
     norms: list[float]
     entropy: tuple[float, float]
     useless: float
+    clipped: float | None
     tokens: int
     seconds: float
 
@@ -83,11 +90,13 @@ def read_run(folder: Path) -> Run:
         updates = int(row.get("update", updates))
         if "eval/accuracy" in row:
             accuracies[updates] = row["eval/accuracy"]
+    clips = [row["policy/clip_low"] + row["policy/clip_high"] for row in trained if "policy/clip_low" in row]
     return Run(
         accuracies=accuracies,
         norms=[row["policy/grad_norm"] for row in trained],
         entropy=(trained[0]["policy/entropy"], trained[-1]["policy/entropy"]),
         useless=fmean(len(set(correct) - {None}) < 2 for correct in groups),
+        clipped=fmean(clips) if clips else None,
         tokens=int(sum(row["tokens/generated"] for row in trained)),
         seconds=sum(row["time/step"] for row in trained),
     )
@@ -108,7 +117,12 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> Path:
     base = options.base
     command = [sys.executable, "-m", "megatron_dapo.train", str(recipe(options.out))]
     command += [f"model.path={base}", f"data.path={base}/train.jsonl", f"evaluation.path={base}/eval.jsonl"]
-    command += [*COMMON, f"objective.kind={kind}", *KINDS[kind], f"run.max_steps={options.steps}"]
+    command += [
+        *COMMON,
+        f"objective.kind={kind}",
+        *KINDS.get(kind, KINDS["grpo"]),
+        f"run.max_steps={options.steps}",
+    ]
     command += [f"run.seed={seed}", f"run.dir={folder}", *options.overrides]
     finished = folder / "finished.json"
     if finished.is_file() and json.loads(finished.read_text()) == command[1:]:
@@ -126,11 +140,13 @@ def table(runs: Mapping[str, Sequence[Run]]) -> str:
     """Markdown, a row for each objective; means over its runs, and the least and the most of the accuracy."""
     lines = [
         "| objective | held-out accuracy | updates to 80 % | variance of the gradient norm "
-        "| over its mean squared | entropy kept | useless groups | tokens generated | seconds a step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| over its mean squared | entropy kept | useless groups | tokens clipped | tokens generated "
+        "| seconds a step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for kind, of_kind in runs.items():
         ends = [list(run.accuracies.values())[-1] for run in of_kind]
+        clipped = [run.clipped for run in of_kind if run.clipped is not None]
         reached = [run.updates_to_good for run in of_kind]
         cells = [
             kind,
@@ -140,6 +156,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> str:
             f"{fmean(variance(run.norms) / fmean(run.norms) ** 2 for run in of_kind):.3g}",
             f"{fmean(run.entropy[1] / run.entropy[0] for run in of_kind):.0%}",
             f"{fmean(run.useless for run in of_kind):.0%}",
+            f"{fmean(clipped):.1%}" if clipped else "-",
             f"{fmean(run.tokens for run in of_kind):,.0f}",
             f"{fmean(run.seconds / len(run.norms) for run in of_kind):.1f}",
         ]
@@ -177,6 +194,15 @@ def _draw(axes: Any, curves: Sequence[Mapping[int, float]], kind: str) -> None:
     axes.plot(shared, [fmean(c[u] for c in curves) for u in shared], color=colour, linewidth=2, label=kind)
 
 
+def objectives(text: str) -> list[str]:
+    """Of a comma-separated list. ArgumentTypeError for one that there is not."""
+    known = [*KINDS, *OTHERS]
+    wanted = known if text == "all" else text.split(",")
+    if unknown := [kind for kind in wanted if kind not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} must be one of {', '.join(known)}, or all")
+    return wanted
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,7 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each objective")
     parser.add_argument("--steps", type=int, default=20, help="steps, and so updates, of each run")
-    parser.add_argument("--objectives", nargs="+", choices=[*KINDS], default=[*KINDS])
+    parser.add_argument(
+        "--objectives", type=objectives, default=[*KINDS], metavar="KIND,...|all", help=",".join(KINDS)
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     if options.seeds < 1 or options.steps < 2:

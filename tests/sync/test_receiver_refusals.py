@@ -145,6 +145,7 @@ def test_elements_in_the_wrong_place_are_noticed(case, monkeypatch, name):
     from megatron_dapo.sync.vllm import reload
 
     live, write, shape = case.worker, reload.write, case.plan.workers[0].table.shapes[name]
+    plan = live.plan(case.first, chunk_bytes=1 << 12)  # no chunk has all of a layer: elements are copied
 
     def write_one_before(param, region: Region, values) -> None:
         if tuple(param.shape) == shape and region.offset:
@@ -153,10 +154,21 @@ def test_elements_in_the_wrong_place_are_noticed(case, monkeypatch, name):
 
     with monkeypatch.context() as patch:
         patch.setattr(reload, "write", write_one_before)
-        live.push(case.plan, case.first, 2, verify=False)  # not noticed
+        live.push(plan, case.first, 2, verify=False)  # not noticed
         assert live.as_loaded("v2")[name] != live.as_loaded("load")[name]
         with pytest.raises(ValueError, match=rf"{name[-12:]} does not hold what was sent for it"):
-            live.push(case.plan, case.first, 3)
+            live.push(plan, case.first, 3)
+    case.check()
+
+
+def test_a_weight_that_is_read_from_the_wrong_place_is_noticed(case, monkeypatch):
+    from megatron_dapo.sync.vllm import reload
+
+    like = reload._like
+    with monkeypatch.context() as patch:
+        patch.setattr(reload, "_like", lambda parameter, values: like(parameter, values.roll(1)))
+        with pytest.raises(ValueError, match="proj.weight does not hold what was sent for it"):
+            case.worker.push(case.worker.plan(case.first, chunk_bytes=1 << 20), case.first, 2)
     case.check()
 
 

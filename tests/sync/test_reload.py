@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.push import checkpoint
-from support.receiving import Worker, make_two, worker
+from support.receiving import Worker, computed, differing, make_two, worker
 
 from megatron_dapo.sync.manifest import Piece
 
@@ -41,7 +41,7 @@ def test_what_kernels_use_as_it_is_loaded_is_written_to_their_own_memory(case):
         zeros = (0,) * len(size)
         row = arrivals.take(Piece(sink=number, source=None, start=zeros, size=size, offset=0))
         values = second[row.source][:1]
-        rows.load(row, values, verify=True)
+        rows.load([(row, values)], verify=True)
         alike = name != LINEAR
         assert (layer.weight.data_ptr() == before[name].data_ptr()) == alike
         assert torch.equal(layer.weight.view(-1)[: values.numel()], values.view(-1))
@@ -73,3 +73,32 @@ def test_a_layer_is_repacked_once_and_at_its_last_row(case, monkeypatch):
     assert packed == [True]
     live.push(plan, first, 2)
     assert live.as_loaded("v2") == live.as_loaded("load")
+
+
+def test_weights_that_are_only_packed_are_read_where_they_lie(case, monkeypatch):
+    """In a chunk with all of their layer, if the parts of a fused weight follow each other in it."""
+    live, first, second = case
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    names = {layer: name for name, layer in live.model.named_modules() if isinstance(layer, LinearBase)}
+    process, read = UnquantizedLinearMethod.process_weights_after_loading, []
+
+    def note(method: Any, layer: Any) -> None:
+        memory = live.receiver._memory._bytes
+        if memory.data_ptr() <= layer.weight.data_ptr() < memory.data_ptr() + len(memory):
+            read.append(names[layer])
+        process(method, layer)
+
+    monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", note)
+    plan = live.plan(second, chunk_bytes=1 << 12)
+    live.push(plan, second, 1)
+    assert read == []  # no chunk has the whole of a layer
+    copied = computed(live.model)
+    live.push(live.plan(first), first, 2)
+    read.clear()
+    live.push(live.plan(second, chunk_bytes=1 << 20), second, 3)  # its memory becomes NaN after each chunk
+    expected = {
+        name for name in names.values() if not name.endswith("qkv_proj")
+    }  # biases lie between its parts
+    assert set(read) == expected
+    assert not differing(computed(live.model), copied)

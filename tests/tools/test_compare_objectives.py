@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_dapo.config import RunConfig
+from megatron_dapo.config import KINDS, RunConfig
 from megatron_dapo.preflight import check_settings
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "compare_objectives.py"
@@ -41,6 +41,8 @@ def write_run(folder: Path, accuracies: list[float], norms: list[float]) -> Path
                 "policy/loss": 0.0,
                 "policy/grad_norm": norm,
                 "policy/entropy": 1.0 / step,
+                "policy/clip_low": 0.125,
+                "policy/clip_high": 0.125 * step,
                 "tokens/generated": 100,
                 "time/step": 3.0,
             }
@@ -57,7 +59,7 @@ def test_a_run_is_read(tool, tmp_path):
     assert run.accuracies == {0: 0.3, 1: 0.7, 2: 0.85}
     assert run.updates_to_good == 2
     assert (run.norms, run.entropy, run.useless) == ([1.0, 3.0], (1.0, 0.5), 0.5)
-    assert (run.tokens, run.seconds) == (200, 6.0)
+    assert (run.clipped, run.tokens, run.seconds) == (0.3125, 200, 6.0)
 
 
 def test_a_row_of_the_table(tool, tmp_path):
@@ -67,7 +69,7 @@ def test_a_row_of_the_table(tool, tmp_path):
         tool.read_run(write_run(tmp_path / "b", [0.3, 0.8, 0.95], [2.0, 2.0])),
     ]
     cells = [cell.strip() for cell in tool.table({"grpo": runs}).splitlines()[-1].split("|")[1:-1]]
-    assert cells == ["grpo", "0.900 (0.850 to 0.950)", "1.5", "1", "0.25", "50%", "50%", "200", "3.0"]
+    assert cells == ["grpo", "0.900 (0.850 to 0.950)", "1.5", "1", "0.25", "50%", "50%", "31.2%", "200", "3.0"]
 
 
 def test_an_accuracy_that_was_never_reached_is_said(tool, tmp_path):
@@ -92,7 +94,7 @@ def test_every_objectives_run_is_a_valid_configuration(tool, tmp_path, monkeypat
     options = argparse.Namespace(
         base=tmp_path, out=tmp_path / "out", steps=5, overrides=["optimizer.lr=1e-4"]
     )
-    for kind in tool.KINDS:
+    for kind in tool.objectives("all"):
         (tmp_path / "out" / f"{kind}-3").mkdir(parents=True)
         folder = tool.train(kind, 3, options)
         assert tool.train(kind, 3, options) == folder  # it has finished
@@ -105,6 +107,13 @@ def test_every_objectives_run_is_a_valid_configuration(tool, tmp_path, monkeypat
     options.steps = 6
     tool.train("dapo", 3, options)
     assert len(started) == 1  # other arguments, another run
+
+
+def test_all_objectives_are_those_of_the_configuration(tool):
+    assert set(tool.objectives("all")) == set(KINDS)
+    assert tool.objectives("dapo,gspo") == ["dapo", "gspo"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'ppo2' must be one of ppo, dpo"):
+        tool.objectives("dapo,ppo2")
 
 
 def test_a_run_that_fails_ends_the_comparison(tool, tmp_path, monkeypatch):

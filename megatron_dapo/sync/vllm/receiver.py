@@ -115,6 +115,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         chunk = self._memory.chunk(manifest)
         self._check(manifest, chunk)
+        rows: list[tuple[Sink, torch.Tensor]] = []
         for number, piece in enumerate(pieces):
             sink = self._arrivals.take(piece)
             dtype = manifest.dtype_whole if piece.sink is None else self._table.dtypes[sink.parameter]
@@ -122,7 +123,8 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             if piece.sink is None:
                 self._take_whole(sink, values)
             else:
-                self._rows.load(sink, values, verify=bool(manifest.checksums))
+                rows.append((sink, values))
+        self._rows.load(rows, verify=bool(manifest.checksums))
 
     def _pieces_of(self, manifest: Manifest) -> tuple[Piece, ...]:
         if manifest.pieces is not None:

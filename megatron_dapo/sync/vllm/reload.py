@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
     _layerwise_process,
@@ -23,16 +24,17 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.model_executor.model_loader.reload.types import LayerReloadingInfo
 from vllm.model_executor.model_loader.reload.utils import get_layer_size, get_tensor_load_numel
+from vllm.platforms import current_platform
 
-from megatron_dapo.sync.regions import Region
+from megatron_dapo.sync.regions import Region, row_major
 from megatron_dapo.sync.sinks import Padding, Sink, SinkTable
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 class RowLoader:
-    """Writes the rows of a sink table into a model in a reload that has begun: each at once, and a layer is
-    repacked as soon as all elements of its parameters are there.
+    """Writes the rows of a sink table into a model in a reload that has begun, those of a chunk at once. A
+    layer is repacked as soon as all elements of its parameters are there.
 
     RuntimeError when vLLM would wait for another number of elements than the table has of a parameter.
     """
@@ -55,18 +57,51 @@ class RowLoader:
             self._totals[layer] += total
         for padding in table.padding:
             value = torch.tensor(padding.value, dtype=getattr(torch, table.dtypes[padding.parameter]))
-            self.load(padding, value.expand(padding.size), verify=False)
+            self._load(padding, value.expand(padding.size), verify=False, lent=False)
 
-    def load(self, row: Sink | Padding, values: torch.Tensor, *, verify: bool) -> None:
-        """verify: look whether they are where the row says; ValueError if not."""
+    def load(self, rows: Sequence[tuple[Sink, torch.Tensor]], *, verify: bool) -> None:
+        """Rows with their values, views of a chunk's memory, which nobody reads after this call. verify: look
+        whether they are where the rows say; ValueError if not.
+        """
+        lent = self._lend(rows)
+        for row, values in rows:
+            self._load(row, values, verify=verify, lent=row.parameter in lent)
+
+    def _lend(self, rows: Sequence[tuple[Sink, torch.Tensor]]) -> set[str]:
+        """Have weights that are about to be repacked read where they lie in the chunk, which saves a copy.
+        Returned are the names of these parameters.
+
+        Their layers must be complete with these rows, and be of a kind that keeps nothing but a packed copy.
+        """
+        numbers = Counter[torch.nn.Module]()
+        starts: dict[str, set[int | None]] = {}  # in the chunk, by what each row says; None: out of order
+        memory: dict[str, torch.Tensor] = {}
+        for row, values in rows:
+            numbers[self._places[row.parameter][0]] += values.numel()
+            in_order = row.stride == row_major(row.size)
+            start = values.storage_offset() - row.offset if in_order else None
+            starts.setdefault(row.parameter, set()).add(start)
+            memory[row.parameter] = values
+        lent = set[str]()
+        for name, (start, *others) in starts.items():
+            layer, leaf = self._places[name]
+            complete = numbers[layer] == self._totals[layer]
+            if start is not None and not others and complete and _is_only_packed(layer, leaf):
+                meta = getattr(layer, leaf)
+                setattr(layer, leaf, _like(meta, memory[name].as_strided(meta.shape, meta.stride(), start)))
+                lent.add(name)
+        return lent
+
+    def _load(self, row: Sink | Padding, values: torch.Tensor, *, verify: bool, lent: bool) -> None:
         layer, leaf = self._places[row.parameter]
         info = get_layerwise_info(layer)
         if getattr(layer, leaf).is_meta:
             materialize(layer, info)
         param = getattr(layer, leaf)
-        write(param, row.region, values)
+        if not lent:
+            write(param, row.region, values)
         if verify:
-            written = param.data.as_strided(row.size, row.stride, row.offset).cpu()
+            written = _elements(param, row.region).cpu()
             sent, bits = values.cpu().to(written.dtype), BITS[written.itemsize]
             if not torch.equal(written.view(bits), sent.view(bits)):
                 raise ValueError(f"{row.parameter} does not hold what was sent for it at {row.region}")
@@ -78,7 +113,11 @@ class RowLoader:
 
 
 def write(param: torch.Tensor, region: Region, values: torch.Tensor) -> None:
-    param.data.as_strided(region.size, region.stride, region.offset).copy_(values)
+    _elements(param, region).copy_(values)
+
+
+def _elements(param: torch.Tensor, region: Region) -> torch.Tensor:
+    return param.data.as_strided(region.size, region.stride, param.storage_offset() + region.offset)
 
 
 def materialize(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
@@ -90,11 +129,30 @@ def materialize(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
     for name, parameter in layer.named_parameters(recurse=False):
         kernel = kernel_parameters.get(name)
         if parameter.is_meta and kernel is not None and _are_alike(parameter, kernel):
-            view = kernel.data
-            view.__class__, view.__dict__ = parameter.__class__, dict(parameter.__dict__)
-            setattr(layer, name, view)
+            setattr(layer, name, _like(parameter, kernel.data))
     if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
         materialize_layer(layer, info)
+
+
+def _is_only_packed(layer: torch.nn.Module, leaf: str) -> bool:
+    """Whether the parameter waits for its values, and vLLM's kernel for a CPU keeps a packed copy of them."""
+    method, kernels = getattr(layer, "quant_method", None), get_layerwise_info(layer).kernel_tensors
+    if not current_platform.is_cpu() or current_platform.is_zen_cpu() or kernels is None:
+        return False  # zentorch keeps weights as they are
+    kernel = kernels[0].get(leaf)
+    return (
+        isinstance(method, UnquantizedLinearMethod)
+        and getattr(layer, leaf).is_meta
+        and getattr(layer, leaf).is_contiguous()
+        and kernel is not None
+        and kernel.numel() == 0
+    )
+
+
+def _like(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A parameter of the same kind, with these values."""
+    values.__class__, values.__dict__ = parameter.__class__, dict(parameter.__dict__)
+    return values
 
 
 def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
