@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,7 +39,7 @@ from megatron_dapo.policy.trained import TrainedModel
 from megatron_dapo.report.model_card import model_card
 from megatron_dapo.sync.export import export
 
-FORMAT = 4  # of run.pt, carried.pt and the optimizer's tensors
+FORMAT = 5  # of run.pt, carried.pt and the optimizer's tensors
 _NAME = re.compile(r"step_(\d{6})$")
 
 
@@ -100,6 +100,7 @@ def save(
             **_progress(policy),
             "value_model": _progress(policy.value_model) if policy.value_model else None,
             "reference": policy.reference.digest if policy.reference else None,
+            "fp8_scales": _scales(policy),
         }
         files = {"carried.pt": state.rollouts, "run.pt": rest}
     folder = checkpoints / f"step_{step:06d}"
@@ -133,7 +134,9 @@ def load(folder: Path, policy: Policy) -> None:
     """
     rest = _read_rest(folder)
     _check_models(folder, policy, rest)
-    loaded = _read(folder.resolve(), policy)
+    scales = _scales(policy)
+    extra_states = scales is not None and rest.get("fp8_scales", scales) == scales
+    loaded = _read(folder.resolve(), policy, extra_states=extra_states)
     _restore(policy, loaded["model"], rest)
     if policy.value_model:
         _restore(policy.value_model, loaded["value_model"], rest["value_model"])
@@ -187,15 +190,29 @@ def _read_rest(folder: Path) -> dict[str, Any]:
     return rest
 
 
-def _read(folder: Path, policy: Policy) -> Any:
-    """Collective. Megatron's load, which puts most values into the live tensors. UserError for files that are
-    missing or damaged.
+def _scales(policy: Policy) -> str | None:
+    """Whose delayed scales are in the extra states of the layers: those of 'gpu' or 'cpu', which cannot read
+    the other's. None: there are none, and nothing else is in those states.
+    """
+    fp8 = policy.config.policy.fp8
+    return policy.session.backend.name if fp8 and fp8.recipe == "delayed" else None
+
+
+def _read(folder: Path, policy: Policy, *, extra_states: bool) -> Any:
+    """Collective. Megatron's load, which puts most values into the live tensors; without `extra_states` those
+    stay as they are, whether the checkpoint has any or not. UserError for files that are missing or damaged.
     """
     channel, remedy = policy.session.channel, "; take it away to resume from the one before"
     if damage := channel.share(_damage(folder) if policy.session.rank == 0 else None):
         raise UserError(f"checkpoint.resume: {folder} is damaged: {damage}{remedy}")
+    state = _sharded_state(policy)
+    if not extra_states:
+        dict_list_map_inplace(
+            lambda entry: LocalNonpersistentObject(entry.data) if isinstance(entry, ShardedObject) else entry,
+            state,
+        )
     try:
-        return dist_checkpointing.load(_sharded_state(policy), str(folder))
+        return dist_checkpointing.load(state, str(folder))
     except (CheckpointException, CheckpointingException) as error:
         cause = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
         text = f"{type(cause).__name__}: {str(cause)[:500]}"

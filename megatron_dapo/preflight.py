@@ -23,6 +23,7 @@ from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout, round_up
 from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.policy import rules
+from megatron_dapo.reward import settings as reward_settings
 
 # What vLLM's CPU attention has kernels for: vllm 0.32, vllm/v1/attention/backends/cpu_attn.py,
 # CPUAttentionBackend.get_supported_head_sizes. Another size ends the server at its first request.
@@ -170,32 +171,6 @@ def seeds_suffice(config: RunConfig) -> None:
         )
 
 
-def overlong_cache_is_part_of_the_response(config: RunConfig) -> None:
-    """The penalty grows over the last tokens of the longest response."""
-    if config.reward.overlong_cache > config.rollout.max_tokens:
-        raise UserError(
-            f"reward.overlong_cache={config.reward.overlong_cache} exceeds "
-            f"rollout.max_tokens={config.rollout.max_tokens}; lower it"
-        )
-
-
-def a_factor_that_moves_has_a_penalty(config: RunConfig) -> None:
-    """reward.overlong_target moves the strength of the overlong penalty from overlong_factor on."""
-    reward = config.reward
-    if reward.overlong_target is None:
-        return
-    if reward.overlong_cache == 0:
-        raise UserError(
-            f"reward.overlong_target={reward.overlong_target} moves the strength of a penalty that "
-            "reward.overlong_cache=0 switches off; set overlong_cache"
-        )
-    if reward.overlong_factor > reward.overlong_factor_max:
-        raise UserError(
-            f"reward.overlong_factor={reward.overlong_factor} begins above "
-            f"reward.overlong_factor_max={reward.overlong_factor_max}; lower it"
-        )
-
-
 def micro_batch_holds_the_longest_sample(config: RunConfig) -> None:
     """A sample is never cut, so one micro-batch must hold the longest, padded for context parallelism."""
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
@@ -335,8 +310,11 @@ def files_suffice(facts: Facts) -> None:
 
 
 def data_can_be_read(facts: Facts) -> None:
-    """Every row has a prompt and an answer."""
-    data_rules.files_can_be_read(facts.config)
+    """Every row has a prompt and an answer, and names no reward rule that cannot be loaded."""
+    from megatron_dapo.reward.rules import load_rule
+
+    timeout_s = facts.config.reward.timeout_s
+    data_rules.files_can_be_read(facts.config, lambda name, where: load_rule(name, timeout_s, where))
 
 
 def verifier_can_be_called(facts: Facts) -> None:
@@ -344,8 +322,9 @@ def verifier_can_be_called(facts: Facts) -> None:
     from megatron_dapo.reward.rules import load_rule
 
     reward = facts.config.reward
-    for name in (reward.verifier, *reward.rules):
-        load_rule(name, reward.timeout_s)
+    load_rule(reward.verifier, reward.timeout_s)
+    for name in reward.rules:
+        load_rule(name, reward.timeout_s, "reward.rules")
 
 
 def ports_are_free(facts: Facts) -> None:
@@ -374,8 +353,7 @@ SETTING_RULES: tuple[Callable[[RunConfig], None], ...] = (
     cap_allows_a_step,
     an_engine_holds_a_group,
     seeds_suffice,
-    overlong_cache_is_part_of_the_response,
-    a_factor_that_moves_has_a_penalty,
+    *reward_settings.SETTINGS,
     micro_batch_holds_the_longest_sample,
     verification_has_an_export,
     greedy_evaluation_samples_once,

@@ -48,7 +48,8 @@ class Prompt:
 
     `position` counts prompts over the whole run (it grows across epochs), so it orders acceptance and seeds
     sampling; `row` is the index in the data, all sources end to end. `rule`: the reward rule that its row
-    names. `source`: which of several data sources it is from.
+    names. `source`: which of several data sources it is from. `fields`: what the row has beside prompt and
+    answer, as the text of a JSON object, "" for nothing; rollout files lack it.
     """
 
     position: int
@@ -58,6 +59,7 @@ class Prompt:
     tokens: tuple[int, ...]
     rule: str | None = None
     source: str | None = None
+    fields: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

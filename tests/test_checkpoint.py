@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from support.cases import LAYOUTS
 from support.jobs_checkpoint import checkpoint_run
 from support.models import make_tiny_model
@@ -159,6 +160,43 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_by_name(tmp_path):
     torch.save({"state": "as it was", "num_updates": 3}, tmp_path / "run.pt")
     with pytest.raises(UserError, match=rf"checkpoint\.resume: {tmp_path} .* another version.*run\.dir"):
         checkpoint.load(tmp_path, policy=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "saved", "are_read"),
+    [
+        (None, "gpu", {"fp8_scales": None}, False),  # of whichever layers: there is nothing in them
+        ("blockwise", "gpu", {"fp8_scales": None}, False),
+        ("delayed", "gpu", {"fp8_scales": "gpu"}, True),
+        ("delayed", "cpu", {"fp8_scales": "cpu"}, True),
+        ("delayed", "gpu", {"fp8_scales": "cpu"}, False),  # scales of the emulation
+        ("delayed", "cpu", {"fp8_scales": None}, False),  # the run had no FP8 until now
+        ("delayed", "cpu", {}, True),  # nobody had noted it yet
+    ],
+)
+def test_extra_states_of_layers_are_read_where_they_hold_what_these_layers_saved(
+    monkeypatch, tmp_path, recipe, device, saved, are_read
+):
+    class Asked(Exception):
+        pass
+
+    def load(state, folder):
+        raise Asked(state["model"]["x._extra_state"])
+
+    entry = ShardedObject("x._extra_state", "own", (1,), (0,))
+    monkeypatch.setattr(checkpoint, "_sharded_state", lambda policy: {"model": {"x._extra_state": entry}})
+    monkeypatch.setattr(checkpoint, "_damage", lambda folder: None)
+    monkeypatch.setattr(checkpoint.dist_checkpointing, "load", load)
+    torch.save({"format": checkpoint.FORMAT} | saved, tmp_path / "run.pt")
+    session = SimpleNamespace(
+        rank=0, channel=SimpleNamespace(share=lambda x: x), backend=SimpleNamespace(name=device)
+    )
+    config = RunConfig.load(None, ["model.path=m", *([f"policy.fp8.recipe={recipe}"] if recipe else [])])
+    policy = SimpleNamespace(session=session, config=config, value_model=None, reference=None)
+    with pytest.raises(Asked) as asked:
+        checkpoint.load(tmp_path, policy)  # type: ignore[arg-type]
+    (found,) = asked.value.args
+    assert found is entry if are_read else found.unwrap() == "own"
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside(tmp_path):

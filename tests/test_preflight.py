@@ -56,10 +56,7 @@ OF_THE_POLICY = [
         ],
         "policy.recompute_layers=2 does not divide the 1 layers",
     ),
-    (
-        ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "policy.overlap_tensor_parallel=true"],
-        "policy.overlap_tensor_parallel=True needs a GPU and run.device=cpu has none; drop it",
-    ),
+    (["policy.layers=te"], "policy.layers=te needs a GPU and run.device=cpu has none; drop it"),
     (
         ["policy.recompute_modules=[mlp,moe]"],
         "policy.recompute_modules=['mlp', 'moe']: moe and moe_act need a model with experts; take them out",
@@ -117,11 +114,7 @@ def test_preflight_and_policy_refuse_in_the_same_words(run, overrides, message):
 
 def test_what_is_only_missing_on_the_cpu_is_allowed_on_a_gpu():
     spec = make_spec(num_layers=2, num_heads=2, num_kv_heads=2, hidden_size=2, ffn_size=2, num_experts=4)
-    overrides = [
-        "layout.tensor_parallel=2",
-        "layout.sequence_parallel=true",
-        "policy.overlap_tensor_parallel=true",
-    ]
+    overrides = ["layout.tensor_parallel=2", "layout.sequence_parallel=true"]
     config = RunConfig.load(None, ["model.path=m", "policy.recompute_modules=[moe_act]", *overrides])
     rules.check(config, spec, on_cpu=False)
     with pytest.raises(UserError, match="needs a GPU"):

@@ -41,10 +41,6 @@ SMALL = ("sampling.prompts_per_step=6", "sampling.samples_per_prompt=4")
             ],
             "needs policy.overlap_grad_reduce=true and optimizer.distributed=true",
         ),
-        (
-            ["policy.overlap_tensor_parallel=true"],
-            "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true",
-        ),
         (["layout.sequence_parallel=true"], "layout.sequence_parallel=true needs layout.tensor_parallel > 1"),
         (
             [*SMALL, "batch.updates_per_step=5", "layout.data_parallel=2"],
@@ -210,7 +206,7 @@ def test_fields_that_do_not_go_together_are_refused(overrides, message):
             "objective.mismatch_low=0.5",
             "objective.mismatch_level=sequence",
         ],
-        ["layout.tensor_parallel=2", "layout.sequence_parallel=true", "policy.overlap_tensor_parallel=true"],
+        ["layout.tensor_parallel=2", "layout.sequence_parallel=true"],
         ["layout.pipeline_parallel=2", "layout.virtual_pipeline_parallel=2", "layout.context_parallel=2"],
         ["policy.overlap_param_gather=true", "policy.overlap_grad_reduce=true"],
         ["rollout.min_engines=2", "rollout.engines=2"],

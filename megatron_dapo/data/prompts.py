@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_dapo.config import DataConfig
 from megatron_dapo.data.history import History, Known
 from megatron_dapo.data.rows import Row
+from megatron_dapo.data.template import Template
 from megatron_dapo.errors import UserError
 from megatron_dapo.types import Prompt
 
@@ -42,7 +43,7 @@ class Source:
     """
 
     name: str | None
-    rows: Sequence[Row]
+    rows: Sequence[Any]
     first: int
     weight: float
     key: str
@@ -96,16 +97,11 @@ class PromptStream:
     ) -> None:
         self.position = 0
         self.passed_over: Counter[PassedOver] = Counter()
-        self._tokenizer, self._config, self._seed, self._lag = tokenizer, config, seed, lag
+        self._config, self._seed, self._lag = config, seed, lag
+        self._template = Template(config, tokenizer)
         self._sources = _make_sources(sources, config, seed)
         self._history = History(config.skip_solved, config.solved)
         self._digest: str | None = None
-        self._shots = _few_shot_messages(config)
-        if config.chat and not tokenizer.chat_template:
-            raise UserError(
-                f"data.chat=true but the tokenizer {tokenizer.name_or_path!r} has no chat template; "
-                "use an instruct model's tokenizer or set data.chat=false with a data.template"
-            )
         _warn_duplicates(list(chain.from_iterable(sources.values())))
 
     def next(self) -> Prompt | None:
@@ -230,15 +226,7 @@ class PromptStream:
 
     def _render(self, source: Source, index: int) -> Prompt:
         row = source.rows[index]
-        text = self._config.template.replace("{prompt}", row.prompt)
-        if self._config.chat:
-            messages = [*self._shots, {"role": "user", "content": text}]
-            text = str(
-                self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            )
-        # A chat template writes its special tokens itself; plain text gets what the tokenizer adds by
-        # default.
-        tokens = self._tokenizer(text, add_special_tokens=not self._config.chat, verbose=False)["input_ids"]
+        text, tokens = self._template.prompt(row.prompt)
         if not tokens:
             raise UserError(
                 f"{source.where} row {index}: the tokenizer makes no tokens of {text!r}; delete the row or "
@@ -249,9 +237,10 @@ class PromptStream:
             row=source.first + index,
             text=text,
             answer=row.answer,
-            tokens=tuple(tokens),
+            tokens=tokens,
             rule=row.rule,
             source=source.name,
+            fields=row.fields,
         )
 
 
@@ -266,19 +255,6 @@ def _make_sources(rows: Mapping[str | None, Sequence[Row]], config: DataConfig, 
         sources.append(Source(name, its_rows, first, weight, key, config.shuffle, config.epochs))
         first += len(its_rows)
     return sources
-
-
-def _few_shot_messages(config: DataConfig) -> list[dict[str, str]]:
-    messages = []
-    for number, shot in enumerate(config.few_shot):
-        if set(shot) != {"prompt", "response"}:
-            raise UserError(
-                f"data.few_shot[{number}] has the keys {sorted(shot)}; it needs exactly 'prompt' and "
-                f"'response'"
-            )
-        messages.append({"role": "user", "content": config.template.replace("{prompt}", shot["prompt"])})
-        messages.append({"role": "assistant", "content": shot["response"]})
-    return messages
 
 
 def _warn_duplicates(rows: Sequence[Row]) -> None:

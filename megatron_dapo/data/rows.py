@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,66 +21,80 @@ from megatron_dapo.errors import UserError
 if TYPE_CHECKING:
     import datasets
 
+    RowSource = str | Path | Sequence[Mapping[str, Any]] | datasets.Dataset
+
 READ_ROWS = 4096  # rows of a Parquet file or a Dataset held as Python objects at once
+CheckRule = Callable[[str, str], object]  # of a rule's name and of the words for where it is named
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One problem as the file has it: no template, no tokens. rule: the reward rule that it names."""
+    """One problem as the file has it: no template, no tokens. rule: the reward rule that it names. fields:
+    what the row has beside prompt and answer, as the text of a JSON object; "" for nothing.
+    """
 
     prompt: str
     answer: str
     rule: str | None = None
+    fields: str = ""
 
 
-def load_sources(data: DataConfig) -> dict[str | None, list[Row]]:
+def load_sources(data: DataConfig, check_rule: CheckRule | None = None) -> dict[str | None, list[Row]]:
     """Every problem of the training data by the name of its source: None for that of data.path."""
+    load = partial(load_rows, rule_key=data.rule_key, check_rule=check_rule)
     if not data.sources:
-        rows = load_rows(data.path or "", data.prompt_key, data.answer_key, rule_key=data.rule_key)
-        return {None: rows}
+        return {None: load(data.path or "", data.prompt_key, data.answer_key)}
     return {
-        source.label: load_rows(
+        source.label: load(
             source.path,
             source.prompt_key or data.prompt_key,
             source.answer_key or data.answer_key,
             f"data.sources[{number}].path",
-            rule_key=data.rule_key,
         )
         for number, source in enumerate(data.sources)
     }
 
 
 def load_rows(
-    source: str | Path | Sequence[Mapping[str, Any]] | datasets.Dataset,
+    source: RowSource,
     prompt_key: str,
     answer_key: str,
     field: str = "data.path",
     rule_key: str | None = None,
+    check_rule: CheckRule | None = None,
 ) -> list[Row]:
     """Read every problem of a JSONL or Parquet file, a list of dicts or a `datasets.Dataset`.
 
     Numbers become text ("42" for 42 and 42.0). A row may lack `rule_key`. UserError names the file, the line
-    and the remedy; `field` is the configuration key that holds the path.
+    and the remedy; `field` is the configuration key that holds the path. `check_rule` is called once for each
+    rule that rows name, with the rule and the words for where it is named.
     """
-    if isinstance(source, str | Path):
-        items = _read_file(Path(source), prompt_key, answer_key, field, rule_key)
-    elif isinstance(source, Sequence):
-        items = ((f"row {index}", item) for index, item in enumerate(source))
-    else:
-        items = _read_dataset(source, prompt_key, answer_key, rule_key)
-    rows = [_make_row(item, prompt_key, answer_key, where, rule_key) for where, item in items]
+    rows, checked = [], set[str]()
+    for where, item in read_items(source, field):
+        row = _make_row(item, prompt_key, answer_key, where, rule_key)
+        if check_rule and row.rule is not None and row.rule not in checked:
+            check_rule(row.rule, f"{where}: {rule_key!r} (data.rule_key)")
+            checked.add(row.rule)
+        rows.append(row)
     if not rows:
         raise UserError(f"{field}: {_name(source)} has no rows; give it at least one problem")
     return rows
+
+
+def read_items(source: RowSource, field: str) -> Iterator[tuple[str, Any]]:
+    """What each row holds, unchecked, and the words for where it is. UserError for what cannot be read."""
+    if isinstance(source, str | Path):
+        return _read_file(Path(source), field)
+    if isinstance(source, Sequence):
+        return ((f"row {index}", item) for index, item in enumerate(source))
+    return _read_dataset(source)
 
 
 def _name(source: Any) -> str:
     return str(source) if isinstance(source, str | Path) else f"the given {type(source).__name__}"
 
 
-def _read_file(
-    path: Path, prompt_key: str, answer_key: str, field: str, rule_key: str | None
-) -> Iterator[tuple[str, Any]]:
+def _read_file(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(
@@ -88,7 +103,7 @@ def _read_file(
     if path.suffix == ".jsonl":
         return _read_jsonl(path)
     if path.suffix == ".parquet":
-        return _read_parquet(path, prompt_key, answer_key, field, rule_key)
+        return _read_parquet(path, field)
     raise UserError(
         f"{field}={path} ends in {path.suffix!r}; give a .jsonl file (one JSON object a line) or a .parquet "
         f"file"
@@ -113,19 +128,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, line {number}", row
 
 
-def _read_parquet(
-    path: Path, prompt_key: str, answer_key: str, field: str, rule_key: str | None
-) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _check_keys(names, prompt_key, answer_key, str(path))
-            keys = [prompt_key, answer_key, *([rule_key] if rule_key in names else [])]
             index = 0
-            for batch in file.iter_batches(READ_ROWS, columns=keys):
+            for batch in file.iter_batches(READ_ROWS):
                 for item in batch.to_pylist():
                     yield f"{path}, row {index}", item
                     index += 1
@@ -135,34 +145,30 @@ def _read_parquet(
         ) from error
 
 
-def _read_dataset(
-    dataset: datasets.Dataset, prompt_key: str, answer_key: str, rule_key: str | None
-) -> Iterator[tuple[str, Any]]:
-    _check_keys(dataset.column_names, prompt_key, answer_key, "the given Dataset")
-    keys = [prompt_key, answer_key, *([rule_key] if rule_key in dataset.column_names else [])]
-    columns = dataset.select_columns(keys).with_format(None)
+def _read_dataset(dataset: datasets.Dataset) -> Iterator[tuple[str, Any]]:
+    columns = dataset.with_format(None)
     for start in range(0, len(columns), READ_ROWS):
         part = columns[start : start + READ_ROWS]
-        for index, values in enumerate(zip(*(part[key] for key in keys), strict=True), start=start):
-            yield f"row {index}", dict(zip(keys, values, strict=True))
+        for index, values in enumerate(zip(*part.values(), strict=True), start=start):
+            yield f"row {index}", dict(zip(part, values, strict=True))
 
 
-def _check_keys(keys: Sequence[str], prompt_key: str, answer_key: str, where: str) -> None:
-    for option, key in (("data.prompt_key", prompt_key), ("data.answer_key", answer_key)):
-        if key not in keys:
-            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
-            remedy = (
-                f"did you mean {option}={nearest[0]}?"
-                if nearest
-                else "a row is an object with a prompt and an answer"
-            )
-            raise UserError(f"{where}: no key {key!r} ({option}) among {list(keys)}; {remedy}")
+def check_keys(item: Any, where: str, options: Mapping[str, str], what: str) -> None:
+    """UserError unless the row is an object that has a key for each of `options` (configuration key -> key of
+    the row). what: a row is an object with that.
+    """
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where}: a row is an object with {what}, got {type(item).__name__}")
+    for option, key in options.items():
+        if key not in item:
+            nearest = difflib.get_close_matches(key, list(item), n=1, cutoff=0.0)
+            remedy = f"did you mean {option}={nearest[0]}?" if nearest else f"a row is an object with {what}"
+            raise UserError(f"{where}: no key {key!r} ({option}) among {list(item)}; {remedy}")
 
 
 def _make_row(item: Any, prompt_key: str, answer_key: str, where: str, rule_key: str | None) -> Row:
-    if not isinstance(item, Mapping):
-        raise UserError(f"{where}: a row is an object with a prompt and an answer, got {type(item).__name__}")
-    _check_keys(list(item), prompt_key, answer_key, where)
+    keys = {"data.prompt_key": prompt_key, "data.answer_key": answer_key}
+    check_keys(item, where, keys, "a prompt and an answer")
     prompt, answer = item[prompt_key], item[answer_key]
     if not isinstance(prompt, str):
         raise UserError(
@@ -178,7 +184,10 @@ def _make_row(item: Any, prompt_key: str, answer_key: str, where: str, rule_key:
             f"{where}: {rule_key!r} (data.rule_key) must name a reward rule, got {rule!r}; correct it, or "
             f"leave it out of the row"
         )
-    return Row(prompt, _answer_text(answer, answer_key, where), rule)
+    others = {key: value for key, value in item.items() if key not in (prompt_key, answer_key)}
+    # A text takes less memory than a dictionary. What JSON does not know (a date) becomes text in it.
+    fields = json.dumps(others, default=str) if others else ""
+    return Row(prompt, _answer_text(answer, answer_key, where), rule, fields)
 
 
 def _answer_text(answer: Any, answer_key: str, where: str) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from megatron_dapo.config import RunConfig
-from megatron_dapo.data.rows import load_rows, load_sources
+from megatron_dapo.data.rows import CheckRule, load_rows, load_sources
 from megatron_dapo.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,16 +59,20 @@ def pools_follow_each_other(config: RunConfig) -> None:
         raise UserError(f"data.pools: up_to={ends} must grow from pool to pool; put the hardest first")
 
 
-def files_can_be_read(config: RunConfig) -> None:
-    """Training data, and evaluation data where there are some, have a prompt and an answer in every row."""
+def files_can_be_read(config: RunConfig, check_rule: CheckRule | None = None) -> None:
+    """Training data, and evaluation data where there are some, have a prompt and an answer in every row.
+    `check_rule` as in `load_rows`.
+    """
     data, path = config.data, config.evaluation.path
     if data.path is None and not data.sources:
         raise UserError(
             "data.path is required: a .jsonl or .parquet file of problems (tools/download_data.py makes one)"
         )
-    rows = {f"data.path={data.path}" if name is None else name: r for name, r in load_sources(data).items()}
+    sources = load_sources(data, check_rule)
+    rows = {f"data.path={data.path}" if name is None else name: r for name, r in sources.items()}
     if path is not None:
-        held_out = load_rows(path, data.prompt_key, data.answer_key, "evaluation.path", data.rule_key)
+        keys = data.prompt_key, data.answer_key
+        held_out = load_rows(path, *keys, "evaluation.path", data.rule_key, check_rule)
         rows[f"evaluation.path={path}"] = held_out
     for where, its_rows in rows.items():
         if sentence := _repeated_sentence(data.template, [row.prompt for row in its_rows[:100]]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
-from megatron_dapo.model_spec import ModelSpec
+from megatron_dapo.model_spec import ModelSpec, read_model
 from megatron_dapo.planning.hardware import GIB, GPUS, Gpu
 from megatron_dapo.planning.memory import PHASES, plan_memory
+from megatron_dapo.policy import fp8_rules, rules
+from megatron_dapo.weights.hf import resolve_folder
 
 REMEDIES = {
     "generate": "lower rollout.memory_utilization",
@@ -21,7 +23,9 @@ def memory_suffices(config: RunConfig, model: ModelSpec, gpu: Gpu | None = None)
     one of this machine, or an H100 where there is none that is known.
     """
     gpu = gpu or gpu_here()
-    plan, total = plan_memory(config, model, gpu), gpu.speed.memory_bytes / GIB
+    path, total = config.objective.reference, gpu.speed.memory_bytes / GIB
+    reference = read_model(resolve_folder(path)) if path else None
+    plan = plan_memory(config, model, gpu, reference=reference)
     if plan.kv_tokens < 1:
         raise UserError(
             f"rollout.memory_utilization={config.rollout.memory_utilization} of an {gpu.name} ({total:.1f} "
@@ -36,6 +40,30 @@ def memory_suffices(config: RunConfig, model: ModelSpec, gpu: Gpu | None = None)
     raise UserError(
         f"{phase} is planned to take {plan.peak(phase) / GIB:.1f} GiB of an {gpu.name}'s {total:.1f} "
         f"({largest}); {REMEDIES[phase]} (tools/plan.py memory shows all of it)"
+    )
+
+
+def check_model(config: RunConfig, model: ModelSpec, gpu: Gpu | None) -> None:
+    """The rules about the model (policy/rules.py) on that GPU, or on a CPU, whatever this machine has. CUDA
+    and TransformerEngine are taken as new enough for policy.fp8, and a reference model's tokens as the same.
+    """
+    fp8 = config.policy.fp8
+    policy = config.policy.model_copy(update={"fp8": None})
+    objective = config.objective.model_copy(update={"reference": None})
+    plain = config.model_copy(update={"policy": policy, "objective": objective})
+    rules.check_model(plain, model, on_cpu=gpu is None)
+    if fp8 is None:
+        return
+    fp8_rules.check_model(fp8, model, config.layout.to_layout())
+    if gpu is None:
+        fp8_rules.check_cpu(fp8)
+        return
+    fp8_rules.check_gpu(
+        fp8,
+        dtype=config.model.dtype,
+        capability=gpu.capability,
+        cuda="99.0",
+        transformer_engine=fp8_rules.LEAST_TRANSFORMER_ENGINE,
     )
 
 

@@ -13,11 +13,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """speed.memory_bytes: what torch reports as the total. links: of one GPU, in one direction."""
+    """speed.memory_bytes: what torch reports as the total. links: of one GPU, in one direction. capability:
+    CUDA's compute capability.
+    """
 
     name: str
     speed: Hardware
     links: Bandwidths
+    capability: tuple[int, int] = (9, 0)
     per_host: int = 8
 
 
@@ -37,6 +40,7 @@ GPUS = {
             name="B200",
             speed=replace(H100, bytes_per_s=8e12, flops_per_s=2250e12, memory_bytes=178.3 * GIB),
             links=Bandwidths(same_rank=8e12 / 2, inside_host=1800e9 / 2, between_hosts=400e9 / 8),
+            capability=(10, 0),
         ),
     )
 }

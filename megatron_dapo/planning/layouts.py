@@ -1,5 +1,5 @@
 """Layouts for a model on so many GPUs: every combination of a few sizes is planned (memory.py, step_time.py);
-those that fit are ranked by the estimated step, and of the others it is counted why they do not.
+those that fit are ranked by the estimated step, and of each of the others it is said why it does not.
 
 Only colocated engines are searched, since how GPUs are shared out between policy and engines of their own is
 what tools/simulate.py answers.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_dapo.config import LayoutConfig, PolicyConfig, RunConfig
@@ -44,16 +44,20 @@ class Proposal:
 
 @dataclass(slots=True, kw_only=True)
 class Rejected:
-    """How many combinations for one reason, and the one that came closest; over: bytes that it lacks."""
+    """Combinations that one reason rules out, in words, each with the bytes that it lacks (infinite where
+    that means nothing).
+    """
 
-    count: int = 0
-    example: str = ""
-    over: float = math.inf
+    each: list[tuple[str, float]] = field(default_factory=list)
 
-    def add(self, example: str, over: float = math.inf) -> None:
-        self.count += 1
-        if not self.example or over < self.over:
-            self.example, self.over = example, over
+    @property
+    def count(self) -> int:
+        return len(self.each)
+
+    @property
+    def closest(self) -> tuple[str, float]:
+        """The first of those that lack least."""
+        return min(self.each, key=lambda one: one[1])
 
 
 def search(
@@ -94,7 +98,8 @@ def _policies(
                 num_experts=model.num_experts,
             )
         except UserError as error:
-            _reject(rejected, "the layout does not split the model", str(error))
+            name = layout.to_layout().describe()
+            _reject(rejected, "the layout does not split the model", f"{name}: {error}")
             continue
         if samples % (config.batch.updates_per_step * layout.data_parallel):
             name = layout.to_layout().describe()
@@ -186,7 +191,7 @@ def _largest_share(
 
 
 def _reject(rejected: dict[str, Rejected], reason: str, example: str, over: float = math.inf) -> None:
-    rejected.setdefault(reason, Rejected()).add(example, over)
+    rejected.setdefault(reason, Rejected()).each.append((example, over))
 
 
 # --- in words ---------------------------------------------------------------------------

@@ -3,7 +3,8 @@ fits. Planned from shapes, data sheets and stated assumptions (hardware.py); not
 
 A step goes through the phases in their order (trainer.py). With rollout.sleep engines and policy take turns:
 engines have given weights and cache back in `old_logprobs` and `update`; optimizer state is in the host's
-memory and the gradients are dropped in `generate` and `sync` (policy/offload.py).
+memory and the gradients are dropped in `generate` and `sync` (policy/offload.py). A reference model is on the
+GPU while it computes, in `old_logprobs` (policy/reference.py); a value model is treated as the policy is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron_dapo.config import RunConfig
 from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.planning.activations import Activations, rank_activations
 from megatron_dapo.planning.hardware import ASSUMED, GIB, Gpu
+from megatron_dapo.planning.models import Models, forward_passes, models_of
 from megatron_dapo.planning.sizes import Sizes, rank_sizes
 from megatron_dapo.weights.block_fp8 import linear_weights
 from megatron_dapo.weights.names import hf_shapes
@@ -28,8 +30,8 @@ Parts = dict[str, float]  # bytes by what they are for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """GPUs that are planned alike: `ranks` of them, those of a pipeline stage. parts: by phase. offloaded:
-    bytes in the host's memory while engines are awake.
+    """GPUs that are planned alike: `ranks` of them, those of a pipeline stage. sizes: of the policy. parts:
+    by phase. offloaded: bytes in the host's memory while engines are awake, a reference model's included.
     """
 
     stage: int
@@ -71,26 +73,28 @@ def plan_memory(
     config: RunConfig,
     model: ModelSpec,
     gpu: Gpu,
-    sizes: Callable[[RunConfig, ModelSpec, int], Sizes] = rank_sizes,
+    sizes: Callable[..., Sizes] = rank_sizes,
     stages: Iterable[int] | None = None,
+    reference: ModelSpec | None = None,
 ) -> MemoryPlan:
-    """Of a run with bf16 or fp32 layers on these GPUs. sizes: of a rank of a pipeline stage. stages: default
-    all of them.
+    """Of a run with TransformerEngine's layers on these GPUs. sizes: of a rank of a pipeline stage, as
+    rank_sizes. stages: default all of them. reference: the reference model; default the policy's.
     """
     layout, turns = config.layout.to_layout(), takes_turns(config)
     ranks = []
     for stage in stages or range(layout.pp):
-        size = sizes(config, model, stage)
+        models = models_of(config, model, stage, gpu, sizes, reference)
         kept = rank_activations(config, model, stage, micro_batches=most_micro_batches(config))
         stays = 1 - config.optimizer.cpu_offload
+        away = sum(size.optimizer for size in models.trained) * (1.0 if turns and stays == 1 else 1 - stays)
         ranks.append(
             RankMemory(
                 stage=stage,
                 ranks=layout.world_size // layout.pp,
-                sizes=size,
+                sizes=models.policy,
                 in_flight=kept.in_flight,
-                offloaded=size.optimizer * (1.0 if turns and stays == 1 else 1 - stays),
-                parts={phase: _rank_parts(config, model, gpu, size, kept, phase) for phase in PHASES},
+                offloaded=away + models.reference,
+                parts={phase: _rank_parts(config, model, gpu, models, kept, phase) for phase in PHASES},
             )
         )
     if not config.rollout.colocated:
@@ -126,22 +130,26 @@ def most_micro_batches(config: RunConfig) -> int:
 
 
 def _rank_parts(
-    config: RunConfig, model: ModelSpec, gpu: Gpu, size: Sizes, kept: Activations, phase: str
+    config: RunConfig, model: ModelSpec, gpu: Gpu, models: Models, kept: Activations, phase: str
 ) -> Parts:
     """On a GPU of a policy rank, with its share of the engines where they are colocated."""
     turns, trains = takes_turns(config), phase in ("old_logprobs", "update")
-    parts: Parts = {"policy weights": size.weights}
+    parts: Parts = dict(models.weights)
+    if models.reference and phase == "old_logprobs":
+        parts["reference model's weights"] = models.reference + models.reference_copies
     if trains or not turns:
-        parts["gradients"] = size.gradients
+        parts["gradients"] = sum(size.gradients for size in models.trained)
+        if models.fp8_copies:
+            parts["weights in FP8"] = models.fp8_copies
     stays = 1 - config.optimizer.cpu_offload
     if stays and (trains or not turns or stays < 1):
-        parts["optimizer state"] = size.optimizer * stays
+        parts["optimizer state"] = sum(size.optimizer for size in models.trained) * stays
     if phase == "update":
         parts["activations"] = kept.kept
         parts["recomputed, gradients of activations"] = kept.backward
         if kept.logprobs > kept.backward:  # one follows the other
             parts["log-probabilities"] = kept.logprobs - kept.backward
-    if phase == "old_logprobs" and config.batch.updates_per_step > 1:
+    if phase == "old_logprobs" and any(forward_passes(config)):
         parts["activations"] = max(kept.forward, kept.logprobs_forward)
     if staged := staging_bytes(config, model, gpu):
         parts["staging of pushes"] = staged

@@ -15,6 +15,7 @@ from megatron_dapo.model_spec import ModelSpec
 from megatron_dapo.planning.activations import GPU_LAYERS, recomputed_per_token
 from megatron_dapo.planning.hardware import ASSUMED, Gpu
 from megatron_dapo.planning.memory import MemoryPlan, engine_weights, kv_bytes
+from megatron_dapo.planning.models import forward_passes
 from megatron_dapo.planning.sizes import rank_elements
 from megatron_dapo.rollout.simulate_model import TABLE_SIZES, ModelFacts, planned_speed, speed_at
 
@@ -82,9 +83,12 @@ def estimate(
     train = _pass(config, model, gpu, work, count=count, full=full, backward=True)
     other = {"gradients, parameters": _data_parallel(config, model, gpu), "optimizer": _optimizer(plan)}
     parts = {name: seconds * updates for name, seconds in (train | other).items()}
-    look = _pass(config, model, gpu, work, count=count, full=full, backward=False) if updates > 1 else {}
-    update, old_logprobs = sum(parts.values()), sum(look.values()) * updates
-    flops = 3 * tokens * _flops(model, work) / layout.world_size
+    passes, values = forward_passes(config), forward_passes(config)[2]
+    look = _pass(config, model, gpu, work, count=count, full=full, backward=False)
+    if values:  # as the policy, but for the output layer
+        parts["value model"] = sum(parts.values()) - parts["output layer"]
+    update, old_logprobs = sum(parts.values()), sum(look.values()) * updates * sum(passes)
+    flops = (2 if values else 1) * 3 * tokens * _flops(model, work) / layout.world_size
     offload = max(rank.offloaded for rank in plan.ranks) if plan.takes_turns else 0.0
     switch = 2 * offload / ASSUMED.to_host_bytes_per_s + ASSUMED.switch_s if plan.takes_turns else 0.0
     generate = _generate(config, model, plan, work, engines, samples)
@@ -126,7 +130,7 @@ def _pass(
     """Seconds of `count` micro-batches through the pipeline, by what takes them."""
     layout, speed = config.layout.to_layout(), gpu.speed
     size, tokens = 2, config.batch.max_tokens * full / layout.cp
-    rows = GPU_LAYERS.rows(model, layout, size)
+    rows = GPU_LAYERS.rows(model, layout, size, None)
     dense, expert, attention = (
         tokens * flops / layout.tp / speed.flops_per_s for flops in _layer_flops(model, work.context)
     )
@@ -161,7 +165,7 @@ def _pass(
 
 def _share_recomputed(config: RunConfig, model: ModelSpec, layout: Layout) -> float:
     """Of a layer's forward pass, by the bytes that are made again."""
-    rows = GPU_LAYERS.rows(model, layout, 2)
+    rows = GPU_LAYERS.rows(model, layout, 2, None)
     return recomputed_per_token(rows, config.policy) / sum(row.per_token for row in rows)
 
 

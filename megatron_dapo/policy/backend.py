@@ -1,8 +1,8 @@
 """What differs between a policy on GPUs and one on CPUs, as a value: nothing else under policy/ asks which it
 is.
 
-On a GPU layers are TransformerEngine's, FP8 included; on a CPU they are Megatron's local ones with packed
-attention and an emulation of FP8 (policy/cpu.py, policy/fp8.py).
+On a GPU layers are TransformerEngine's, FP8 included, or Megatron's local ones (`policy.layers`); on a CPU
+they are the local ones, with an emulation of FP8 (policy/local_layers.py, policy/cpu.py, policy/fp8.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.random import initialize_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_dapo.config import Fp8Config, PolicyConfig
+from megatron_dapo.errors import UserError
 from megatron_dapo.layout import Layout
 from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.policy import cpu, fp8_rules
+from megatron_dapo.policy import cpu, fp8_rules, local_layers
+from megatron_dapo.policy.layer_choice import uses_transformer_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,18 +54,6 @@ def backend_of(on_cpu: bool) -> Backend:
     return CPU if on_cpu else GPU
 
 
-def _cpu_layers(spec: ModelSpec, policy: PolicyConfig, numbers: Sequence[int], amax_group: Any) -> Any:
-    layers = [
-        cpu.layer_spec(
-            spec,
-            policy.fp8 if fp8_rules.is_quantized(policy.fp8, number, spec.num_layers) else None,
-            amax_group,
-        )
-        for number in numbers
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=cpu.RMSNorm)  # type: ignore[arg-type]
-
-
 def _cpu_fields(spec: ModelSpec, layout: Layout, policy: PolicyConfig) -> dict[str, Any]:
     """No CUDA kernels, no experts grouped into one kernel, no freeing of what a pipeline stage has sent."""
     return dict(
@@ -82,7 +71,19 @@ def _cpu_fields(spec: ModelSpec, layout: Layout, policy: PolicyConfig) -> dict[s
     )
 
 
+def _prepare_gpu() -> None:
+    if not HAVE_TE:
+        local_layers.do_without_transformer_engine()
+
+
 def _gpu_layers(spec: ModelSpec, policy: PolicyConfig, numbers: Sequence[int], amax_group: Any) -> Any:
+    if not uses_transformer_engine(policy):
+        return local_layers.block_submodules(spec, policy, numbers, amax_group)
+    if not HAVE_TE:
+        raise UserError(
+            f"policy.layers={policy.layers} takes TransformerEngine's layers, which cannot be imported; "
+            "`python -c 'import transformer_engine.pytorch'` says why; mend it or set policy.layers=local"
+        )
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=spec.num_experts or None,
         moe_grouped_gemm=spec.num_experts > 0,
@@ -91,11 +92,12 @@ def _gpu_layers(spec: ModelSpec, policy: PolicyConfig, numbers: Sequence[int], a
 
 
 def _gpu_fields(spec: ModelSpec, layout: Layout, policy: PolicyConfig) -> dict[str, Any]:
+    from_te = uses_transformer_engine(policy)
     return dict(
         bias_activation_fusion=True,
-        apply_rope_fusion=True,
+        apply_rope_fusion=from_te,
         gradient_accumulation_fusion=False,
-        moe_grouped_gemm=spec.num_experts > 0,
+        moe_grouped_gemm=from_te and spec.num_experts > 0,
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=layout.vpp is None,
         **fp8_rules.transformer_fields(policy.fp8),
@@ -108,7 +110,7 @@ CPU = Backend(
     prepare=cpu.install,
     device=lambda: torch.device("cpu"),
     seed=lambda seed: initialize_rng_tracker(inference_rng_tracker=True),
-    layers=_cpu_layers,
+    layers=local_layers.block_submodules,
     transformer_fields=_cpu_fields,
     move_to_device=lambda module: None,
     fp8_in_megatron=False,
@@ -116,7 +118,7 @@ CPU = Backend(
 GPU = Backend(
     name="gpu",
     collectives="nccl",
-    prepare=lambda: None,
+    prepare=_prepare_gpu,
     device=lambda: torch.device("cuda", torch.cuda.current_device()),
     seed=model_parallel_cuda_manual_seed,
     layers=_gpu_layers,

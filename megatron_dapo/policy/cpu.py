@@ -1,42 +1,22 @@
-"""The CPU backend: what Megatron-Core needs to run unmodified without CUDA, over gloo.
-
-Three things: a shim for calls that hard-code `cuda` or that gloo lacks, an RMSNorm that sequence parallelism
-accepts, and causal attention over packed sequences (Megatron's own packed attention lives in
-TransformerEngine, which needs a GPU).
+"""The CPU backend: a shim for what Megatron-Core calls that hard-codes `cuda` or that gloo lacks, so that it
+runs unmodified without CUDA. Its layers are in policy/local_layers.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import warnings
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import optimizer_config
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.tensor_parallel import random as rng
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.overrides import TorchFunctionMode
 
-from megatron_dapo.batching.zigzag import zigzag
-from megatron_dapo.config import Fp8Config
-from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.policy.fp8 import quantized
+from megatron_dapo.policy import local_layers
 
 _CPU = torch.device("cpu")
-# By how many tokens, or by which factor, sequences of one batch of attention may differ.
-FEW_TOKENS, MUCH_LONGER = 16, 1.1
 _gloo_all_gather, _gloo_all_to_all_single = dist.all_gather, dist.all_to_all_single
 
 
@@ -172,14 +152,7 @@ def install() -> None:
         0
     )  # recomputation saves and restores it; nothing here is random
     rng._set_cuda_rng_state = lambda *args, **kwargs: None
-    for name in (
-        "activation_recompute_forward",
-        "fp8_autocast",
-    ):  # TransformerEngine's, which recomputation of a norm calls
-        setattr(rng, name, lambda **kwargs: contextlib.nullcontext())
-    rng.FP8GlobalStateManager = SimpleNamespace(is_fp8_enabled=lambda: False)  # type: ignore[attr-defined]
-    moe_utils.te_general_gemm = None  # undefined without TransformerEngine
-    optimizer_config.is_te_min_version = lambda *args: False  # fails without TransformerEngine
+    local_layers.do_without_transformer_engine()
     offloading: Any = HybridDeviceOptimizer
     offloading._get_sub_optimizer_param_groups = _host_copies_on_host
     offloading._sync_hdo_param_groups_to_sub_optimizers = _sync_groups_unfused
@@ -193,125 +166,3 @@ def install() -> None:
     # Megatron asks views of its gradient buffers for .grad, which torch's Python modes turn into a warning.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _CudaMeansCpu().__enter__()
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked so that Megatron sums its weight gradient over sequence-parallel ranks."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-class PackedAttention(torch.nn.Module):
-    """Causal attention inside each packed sequence; query, key and value are [T, heads, head_dim].
-
-    Sequences of similar length are put side by side, padded on the right (a causal query never sees later
-    keys), and go through one `scaled_dot_product_attention` call, so cost grows with the tokens and not with
-    the pack squared.
-
-    Under context parallelism every rank gathers all keys and values (their gradients are summed on the way
-    back) and attends with its own queries, at their positions in the sequence.
-    """
-
-    def __init__(self, config: Any, layer_number: int, **kwargs: Any) -> None:
-        super().__init__()
-        if config.attention_dropout:
-            raise ValueError(
-                "attention_dropout is not supported on CPU; reinforcement learning runs without dropout"
-            )
-
-    def forward(
-        self, query, key, value, attention_mask=None, *, packed_seq_params: PackedSeqParams, **kwargs: Any
-    ):
-        bounds = packed_seq_params.cu_seqlens_q.tolist()
-        group = packed_seq_params.cp_group
-        if group is not None and group.size() > 1:
-            return self._split(query, key, value, bounds, group).flatten(1)
-        repeat = query.shape[1] // key.shape[1]
-        rows_P, shapes, places_T = _side_by_side(tuple(bounds))
-        sizes = [count * longest for count, longest in shapes]
-        padded = (x.index_select(0, rows_P).split(sizes) for x in (query, key, value))
-        attended = []
-        for shape, *parts in zip(shapes, *padded, strict=True):
-            q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
-            out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=repeat > 1
-            )
-            attended.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(attended).index_select(0, places_T).flatten(1)
-
-    def _split(self, query, key, value, bounds: list[int], group: Any) -> torch.Tensor:
-        cp = group.size()
-        order = torch.cat([zigzag(bounds, cp, rank) for rank in range(cp)]).argsort()
-        key, value = (gather_from_sequence_parallel_region(x, True, group=group)[order] for x in (key, value))
-        mine_T = zigzag(bounds, cp, group.rank())
-        attended = []
-        for start, end in itertools.pairwise(bounds):
-            here = slice(start // cp, end // cp)
-            mask = mine_T[here, None] >= torch.arange(start, end)
-            q, k, v = (x.transpose(0, 1) for x in (query[here], key[start:end], value[start:end]))
-            out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, enable_gqa=q.shape[0] > k.shape[0]
-            )
-            attended.append(out.transpose(0, 1))
-        return torch.cat(attended)
-
-
-@functools.lru_cache(maxsize=8)  # every layer asks for the same
-def _side_by_side(
-    bounds: tuple[int, ...],
-) -> tuple[torch.Tensor, list[tuple[int, int]], torch.Tensor]:
-    """Sequences put into batches of similar length. Returns the packed token of each place in the batches
-    [P], where padding repeats a sequence's last; number and padded length of each batch's sequences; and the
-    place of each packed token [T].
-    """
-    sequences = sorted(itertools.pairwise(bounds), key=lambda sequence: sequence[1] - sequence[0])
-    batches: list[list[tuple[int, int]]] = []
-    limit = 0
-    for start, end in sequences:
-        if end == start:
-            continue
-        if end - start > limit:
-            batches.append([])
-            limit = max(end - start + FEW_TOKENS, int((end - start) * MUCH_LONGER))
-        batches[-1].append((start, end))
-    rows, shapes, places_T, first = [], [], torch.empty(bounds[-1], dtype=torch.int64), 0
-    for members in batches:
-        starts, ends = (torch.tensor(column)[:, None] for column in zip(*members, strict=True))
-        offsets = starts + torch.arange(int((ends - starts).max()))
-        rows.append(torch.minimum(offsets, ends - 1).flatten())
-        shapes.append((offsets.shape[0], offsets.shape[1]))
-        places_T[offsets[offsets < ends]] = first + (offsets < ends).flatten().nonzero().squeeze(1)
-        first += offsets.numel()
-    return torch.cat(rows), shapes, places_T
-
-
-def layer_spec(model: ModelSpec, fp8: Fp8Config | None = None, amax_group: Any = None) -> ModuleSpec:
-    """Megatron's local transformer layer with the two modules above and, with `fp8`, linear layers that
-    emulate it.
-    """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    spec = get_gpt_layer_local_spec(
-        num_experts=model.num_experts or None, qk_layernorm=model.qk_norm, normalization="RMSNorm"
-    )
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if model.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if fp8 is not None:
-        column, row = (quantized(kind, fp8, amax_group) for kind in (ColumnParallelLinear, RowParallelLinear))
-        attention.linear_qkv, attention.linear_proj = column, row
-        mlp = _submodules(spec.submodules.mlp)
-        if model.num_experts:
-            mlp = _submodules(mlp.experts)
-        mlp.linear_fc1, mlp.linear_fc2 = column, row
-    return spec
-
-
-def _submodules(part: Any) -> Any:
-    """Those of a ModuleSpec or, since megatron-core 0.19, of a partial."""
-    return (part.keywords if isinstance(part, functools.partial) else vars(part))["submodules"]

@@ -150,7 +150,10 @@ def run_model(chunk: Any, micro: MicroBatch, session: Session) -> torch.Tensor:
     """Hidden states: [T, 1, H] after the final norm on the last pipeline stage (model.HeadlessGPT), [T / sp,
     1, H] before it.
     """
-    return chunk(micro.tokens_1T, micro.positions_1T, None, packed_seq_params=packed_params(micro, session))
+    # as they are computed: Float16Module would copy those of all tokens to fp32
+    options = {"fp32_output": False} if chunk.config.bf16 else {}
+    packed = packed_params(micro, session)
+    return chunk(micro.tokens_1T, micro.positions_1T, None, packed_seq_params=packed, **options)
 
 
 def response_logprobs(

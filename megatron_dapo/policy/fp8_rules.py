@@ -93,14 +93,14 @@ def check(fp8: Fp8Config, model: ModelSpec, layout: Layout, dtype: str, *, on_cp
     check_model(fp8, model, layout)
     if on_cpu:
         check_cpu(fp8)
-        return
-    check_gpu(
-        fp8,
-        dtype=dtype,
-        capability=torch.cuda.get_device_capability(),
-        cuda=torch.version.cuda,
-        transformer_engine=transformer_engine_version(),
-    )
+    elif torch.cuda.is_available():  # else it is planned for other machines, which look at their GPUs
+        check_gpu(
+            fp8,
+            dtype=dtype,
+            capability=torch.cuda.get_device_capability(),
+            cuda=torch.version.cuda,
+            transformer_engine=transformer_engine_version(),
+        )
 
 
 def check_model(fp8: Fp8Config, model: ModelSpec, layout: Layout) -> None:

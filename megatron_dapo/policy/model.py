@@ -94,7 +94,6 @@ def transformer_config(
         recompute_modules=list(policy.recompute_modules) if policy.recompute == "selective" else None,
         recompute_method="uniform" if policy.recompute == "full" else None,
         recompute_num_layers=policy.recompute_layers if policy.recompute == "full" else None,
-        tp_comm_overlap=policy.overlap_tensor_parallel,
         **backend.transformer_fields(spec, layout, policy),
     )
 
@@ -220,6 +219,15 @@ def gather_weights(chunks: Iterable[DistributedDataParallel]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+
+
+def drop_quantised_weights(chunks: Iterable[torch.nn.Module]) -> None:
+    """Free TransformerEngine's quantised copies of the weights (policy.fp8); a forward pass makes them
+    anew.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
 
 
 @torch.no_grad()

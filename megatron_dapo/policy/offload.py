@@ -1,5 +1,6 @@
 """What leaves a GPU while engines sample on it, and comes back for the next update: the optimizer's state,
-that is fp32 master weights and moments, goes to the host; the gradient buffers are dropped.
+that is fp32 master weights and moments, goes to the host; the gradient buffers and FP8 copies of weights are
+dropped.
 
 The same of a value model. The models' own weights stay: the push reads them, and so do checkpoints and the
 export. A reference model is on the host anyway (policy/reference.py). With
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from megatron_dapo.policy.model import gather_weights
+from megatron_dapo.policy.model import drop_quantised_weights, gather_weights
 from megatron_dapo.policy.step import Policy
 
 GIB = 2**30
@@ -47,6 +48,7 @@ def to_host(policy: Policy) -> None:
         model.optimizer.zero_grad()  # its gradients may be views of the buffers
         for chunk in model.chunks:
             chunk.offload_grad_buffers()
+        drop_quantised_weights(model.chunks)
         if not policy.config.optimizer.cpu_offload:
             model.optimizer.offload_to_cpu()
     torch.cuda.empty_cache()

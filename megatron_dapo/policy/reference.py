@@ -67,3 +67,4 @@ class ReferenceModel:
     def _leave_device(self) -> None:
         for parameter, copy in zip(self._parameters, self._on_host, strict=bool(self._on_host)):
             parameter.data = copy
+        model_file.drop_quantised_weights(self._model.chunks)

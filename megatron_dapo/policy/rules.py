@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from megatron_dapo.config import RunConfig
 from megatron_dapo.errors import UserError
 from megatron_dapo.model_spec import ModelSpec, read_model
-from megatron_dapo.policy import fp8_rules
+from megatron_dapo.policy import fp8_rules, layer_choice
 from megatron_dapo.weights.hf import resolve_folder
 
 
@@ -48,15 +50,6 @@ def gathers_overlap_with_reduced_gradients(config: RunConfig) -> None:
         raise UserError(
             "policy.overlap_param_gather=true needs policy.overlap_grad_reduce=true and "
             "optimizer.distributed=true; set both or drop it"
-        )
-
-
-def tensor_overlap_needs_sequence_parallel(config: RunConfig) -> None:
-    """TransformerEngine overlaps the gathers and scatters that only sequence parallelism makes."""
-    if config.policy.overlap_tensor_parallel and not config.layout.sequence_parallel:
-        raise UserError(
-            "policy.overlap_tensor_parallel=true needs layout.sequence_parallel=true; set it or drop the "
-            "overlap"
         )
 
 
@@ -165,17 +158,42 @@ def reference_has_the_same_tokens(config: RunConfig, spec: ModelSpec, on_cpu: bo
         )
 
 
-def overlap_has_a_gpu(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
-    """The overlap of tensor-parallel communication is TransformerEngine's."""
-    if on_cpu and config.policy.overlap_tensor_parallel:
-        raise _needs_gpu("policy.overlap_tensor_parallel", True)
+def layers_can_be_made(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
+    """TransformerEngine's layers need it, and a GPU."""
+    if config.policy.layers != "te":
+        return
+    if on_cpu:
+        raise _needs_gpu("policy.layers", "te")
+    is_planned_for_elsewhere = not torch.cuda.is_available()
+    if not is_planned_for_elsewhere and not layer_choice.has_transformer_engine():
+        raise UserError(
+            "policy.layers=te needs TransformerEngine, which is not installed; pip install "
+            "'transformer-engine[pytorch]>=2.9' (requirements.txt) or set policy.layers=local"
+        )
 
 
-def recomputed_expert_activations_have_a_gpu(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
-    """Recomputing the experts' activation function is TransformerEngine's."""
-    modules = config.policy.recompute_modules
-    if on_cpu and "moe_act" in modules:
-        raise _needs_gpu("policy.recompute_modules", modules)
+def attention_knows_the_type(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
+    """TransformerEngine's attention over packed sequences has kernels for 16 bits alone."""
+    if config.model.dtype == "fp32" and not on_cpu and layer_choice.uses_transformer_engine(config.policy):
+        raise UserError(
+            f"model.dtype=fp32 does not go with policy.layers={config.policy.layers} on a GPU: "
+            "TransformerEngine's attention over packed sequences computes in 16 bits alone; set "
+            "model.dtype=bf16 or policy.layers=local"
+        )
+
+
+def recomputed_expert_activations_are_grouped(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
+    """Recomputing the experts' activation function is a matter of TransformerEngine's grouped experts."""
+    policy = config.policy
+    if "moe_act" not in policy.recompute_modules:
+        return
+    if on_cpu:
+        raise _needs_gpu("policy.recompute_modules", policy.recompute_modules)
+    if policy.layers == "local" or (torch.cuda.is_available() and not layer_choice.has_transformer_engine()):
+        raise UserError(
+            f"policy.recompute_modules={policy.recompute_modules}: moe_act needs TransformerEngine's layers, "
+            f"and policy.layers={policy.layers} gives the local ones here; use moe"
+        )
 
 
 def recomputed_experts_exist(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
@@ -187,9 +205,28 @@ def recomputed_experts_exist(config: RunConfig, spec: ModelSpec, on_cpu: bool) -
         )
 
 
+def recomputation_frees_something(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
+    """Attention keeps no scores, and norms are fused into what follows them but in the local layers and
+    before experts.
+    """
+    policy, of_mlp = config.policy, ["moe", "moe_act"] if spec.num_experts else ["mlp"]
+    norms_too = spec.num_experts or on_cpu or not layer_choice.uses_transformer_engine(policy)
+    useful = [*of_mlp, "layernorm"] if norms_too else of_mlp
+    if policy.recompute == "selective" and not {*useful} & {*policy.recompute_modules}:
+        raise UserError(
+            f"policy.recompute_modules={policy.recompute_modules} would free no memory in this model; name "
+            f"{' or '.join(useful)}, or set policy.recompute=null"
+        )
+
+
 def fp8_fits_model_and_device(config: RunConfig, spec: ModelSpec, on_cpu: bool) -> None:
     """Weight shards divide into the recipe's blocks, and GPU, CUDA and TransformerEngine know the recipe."""
     if config.policy.fp8 is not None:
+        if config.policy.layers == "local" and not on_cpu:
+            raise UserError(
+                "policy.fp8 on a GPU needs TransformerEngine's layers, and policy.layers=local has none; set "
+                "policy.layers=auto, policy.fp8=null, or run.device=cpu to emulate it"
+            )
         layout = config.layout.to_layout()
         fp8_rules.check(config.policy.fp8, spec, layout, config.model.dtype, on_cpu=on_cpu)
 
@@ -201,7 +238,6 @@ def _needs_gpu(key: str, value: object) -> UserError:
 SETTINGS: tuple[Callable[[RunConfig], None], ...] = (
     ranks_form_a_layout,
     gathers_overlap_with_reduced_gradients,
-    tensor_overlap_needs_sequence_parallel,
     pairs_are_trained_in_one_update,
     cosine_has_an_end,
     offload_has_master_weights,
@@ -212,8 +248,10 @@ MODEL: tuple[Callable[[RunConfig, ModelSpec, bool], None], ...] = (
     layout_splits_the_model,
     recomputed_layers_fill_a_chunk,
     reference_has_the_same_tokens,
-    overlap_has_a_gpu,
-    recomputed_expert_activations_have_a_gpu,
+    layers_can_be_made,
+    attention_knows_the_type,
+    recomputed_expert_activations_are_grouped,
     recomputed_experts_exist,
+    recomputation_frees_something,
     fp8_fits_model_and_device,
 )

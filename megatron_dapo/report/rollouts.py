@@ -5,9 +5,9 @@ and a reader sees what the model wrote (tools/show_rollouts.py).
 zstd. The file's metadata has the header {format, step, weight_version, num_groups, group_sizes, meta} as JSON
 under `megatron_dapo`. When and where a group was made (Group.timing) is in facts.jsonl instead.
 
-Columns: position, row, prompt, answer, prompt_tokens (of the prompt); number, seed, finish_reason, tokens,
-logprobs, trained (null: every token is), versions and version_tokens (runs of weight versions) of the
-completion; correct, reward.
+Columns: position, row, prompt, answer, prompt_tokens, rule, source (of the prompt); number, seed,
+finish_reason, tokens, logprobs, trained (null: every token is), versions and version_tokens (runs of weight
+versions), reward_parts (by name) of the completion; correct, reward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from megatron_dapo.errors import UserError
 from megatron_dapo.types import Completion, Group, Prompt
 
-FORMAT = 3  # 3: Parquet; 1 and 2 were JSON lines
+FORMAT = 4  # 4: with rule, source and reward_parts, which files of 3 lack; 1 and 2 were JSON lines
 METADATA_KEY = b"megatron_dapo"
 # Completions that are converted and compressed at once: bounds what a writer needs beside the groups.
 ROWS = 512
@@ -37,8 +37,9 @@ ROWS = 512
 # let zstd see other responses to the same prompt.
 LEVEL, PAGE_BYTES = 3, 8 << 20
 
-TEXTS = ("prompt", "answer", "finish_reason")
-SCHEMA = pa.schema(
+TEXTS = ("prompt", "answer", "finish_reason", "rule", "source")
+NAMES_OF_PARTS = "reward_parts.key_value.key"
+OF_FORMAT_3 = pa.schema(
     [
         ("position", pa.int64()),
         ("row", pa.int64()),
@@ -57,6 +58,14 @@ SCHEMA = pa.schema(
         ("reward", pa.float64()),
     ]
 )
+ADDED = pa.schema(
+    [
+        ("rule", pa.string()),
+        ("source", pa.string()),
+        ("reward_parts", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+SCHEMAS = {3: OF_FORMAT_3, FORMAT: pa.unify_schemas([OF_FORMAT_3, ADDED])}
 
 
 def rollout_path(run_dir: str | Path, step: int) -> Path:
@@ -78,7 +87,7 @@ def save_groups(path: str | Path, groups: Sequence[Group], step: int, meta: dict
         }
     ).encode()
     # Pages carry checksums of their own, metadata does not.
-    schema = SCHEMA.with_metadata({METADATA_KEY: b"%08x%s" % (zlib.crc32(header), header)})
+    schema = SCHEMAS[FORMAT].with_metadata({METADATA_KEY: b"%08x%s" % (zlib.crc32(header), header)})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     try:
@@ -89,7 +98,7 @@ def save_groups(path: str | Path, groups: Sequence[Group], step: int, meta: dict
                 compression="zstd",
                 compression_level=LEVEL,
                 data_page_size=PAGE_BYTES,
-                use_dictionary=list(TEXTS),  # type: ignore[arg-type]  # or names of columns
+                use_dictionary=[*TEXTS, NAMES_OF_PARTS],  # type: ignore[arg-type]  # or names of columns
                 write_statistics=False,
                 write_page_checksum=True,
             ) as writer:
@@ -120,9 +129,9 @@ def load_groups(path: str | Path) -> tuple[list[Group], dict[str, Any]]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             header = _read_header(file.schema_arrow.metadata or {})
-            if not file.schema.equals(_written_schema()):
+            if not file.schema.equals(_written_schema(header["format"])):
                 raise ValueError("it has other columns")
-            rows = list(chain.from_iterable(map(_decode, _row_groups(file))))
+            rows = list(chain.from_iterable(map(_decode, _row_groups(file, header["format"]))))
         return _groups(rows, header["group_sizes"]), header
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -173,13 +182,18 @@ def _encode(rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatch:
         "version_tokens": _lists([runs[:, 1] for runs in versions]),
         "correct": pa.array(correct, pa.bool_()),
         "reward": pa.array(rewards, pa.float64()),
+        "rule": _texts([p.rule for p in prompts]),
+        "source": _texts([p.source for p in prompts]),
+        "reward_parts": pa.array(
+            [list(c.reward_parts.items()) for c in completions], schema.field("reward_parts").type
+        ),
     }
     return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _texts(values: Sequence[str]) -> pa.Array:
+def _texts(values: Sequence[str | None]) -> pa.Array:
     """A text may hold half of a surrogate pair (JSON can escape one), which strict UTF-8 refuses."""
-    encoded = [value.encode("utf-8", "surrogatepass") for value in values]
+    encoded = [None if value is None else value.encode("utf-8", "surrogatepass") for value in values]
     return pa.array(encoded, pa.binary()).view(pa.string())
 
 
@@ -197,22 +211,26 @@ def _read_header(metadata: dict[bytes, bytes]) -> dict[str, Any]:
     if checksum != b"%08x" % zlib.crc32(text):
         raise ValueError("its header has another checksum")
     header = json.loads(text)
-    if header["format"] != FORMAT:
-        raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+    if header["format"] not in SCHEMAS:
+        raise ValueError(f"format {header['format']}, this version reads {' and '.join(map(str, SCHEMAS))}")
     return header
 
 
 @functools.cache
-def _written_schema() -> pq.ParquetSchema:
-    """Parquet's own types of SCHEMA, which no checksum of a file covers."""
+def _written_schema(written: int) -> pq.ParquetSchema:
+    """Parquet's own types of the format's schema, which no checksum of a file covers."""
     empty = pa.BufferOutputStream()
-    pq.write_table(SCHEMA.empty_table(), empty)
+    pq.write_table(SCHEMAS[written].empty_table(), empty)
     return pq.ParquetFile(pa.BufferReader(empty.getvalue())).schema
 
 
-def _row_groups(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+def _row_groups(file: pq.ParquetFile, written: int) -> Iterator[pa.RecordBatch]:
+    """In the columns of this version, null where the file lacks one."""
     for index in range(file.num_row_groups):
-        table = file.read_row_group(index).cast(SCHEMA)
+        table = file.read_row_group(index).cast(SCHEMAS[written])
+        for column in ADDED:
+            if column.name not in table.column_names:
+                table = table.append_column(column, pa.nulls(len(table), column.type))
         yield pa.RecordBatch.from_arrays(
             [column.combine_chunks() for column in table.columns], names=table.column_names
         )
@@ -223,6 +241,7 @@ def _decode(batch: pa.RecordBatch) -> Iterator[Row]:
         name: batch[name].to_pylist() for name in ("position", "row", "number", "seed", "correct", "reward")
     }
     plain |= {name: _read_texts(batch[name]) for name in TEXTS}
+    parts = batch["reward_parts"].to_pylist()
     lists = {
         name: _read_lists(batch[name])
         for name in ("prompt_tokens", "tokens", "logprobs", "trained", "versions", "version_tokens")
@@ -237,6 +256,8 @@ def _decode(batch: pa.RecordBatch) -> Iterator[Row]:
                 text=plain["prompt"][i],
                 answer=plain["answer"][i],
                 tokens=tuple(lists["prompt_tokens"][i].tolist()),
+                rule=plain["rule"][i],
+                source=plain["source"][i],
             )
         tokens = lists["tokens"][i]
         runs = zip(lists["versions"][i].tolist(), lists["version_tokens"][i].tolist(), strict=True)
@@ -249,12 +270,14 @@ def _decode(batch: pa.RecordBatch) -> Iterator[Row]:
             versions=tuple(runs),
             number=plain["number"][i],
             seed=plain["seed"][i],
+            reward_parts=dict(parts[i] or ()),
         )
         yield prompt, completion, plain["correct"][i], plain["reward"][i]
 
 
-def _read_texts(column: pa.Array) -> list[str]:
-    return [value.decode("utf-8", "surrogatepass") for value in column.view(pa.binary()).to_pylist()]
+def _read_texts(column: pa.Array) -> list[Any]:
+    values = column.view(pa.binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", "surrogatepass") for value in values]
 
 
 def _read_lists(column: pa.ListArray) -> list[np.ndarray]:

@@ -40,33 +40,35 @@ def read_verdict(value: Any, who: str) -> Verdict:
     )
 
 
-def function_rule(spec: str, others: Sequence[str]) -> Rule:
+def function_rule(spec: str, others: Sequence[str], field: str) -> Rule:
     """The rule of 'package.module:function'. UserError if there is no such function of (response, answer) or
-    (response, answer, row). `others`: names that are no functions, for the message.
+    (response, answer, row). For the message: `others`, names that are no functions; `field`, where the name
+    is from.
     """
     module_name, colon, function_name = spec.partition(":")
     if not (colon and module_name and function_name):
         raise UserError(
-            f"reward.verifier={spec!r} must be {', '.join(map(repr, others))}, 'package.module:function' or "
-            "a URL; correct it"
+            f"{field}={spec!r} must be {', '.join(map(repr, others))}, 'package.module:function' or a URL; "
+            "correct it"
         )
-    function = _find(spec, module_name, function_name)
-    with_row = _takes_row(spec, function)
+    named = f"{field}={spec!r}"
+    function = _find(named, module_name, function_name)
+    with_row = _takes_row(named, function)
     call = _waited_for(function)
 
     def rule(response: str, answer: str, row: Row) -> Verdict:
         value = call(response, answer, row) if with_row else call(response, answer)
-        return read_verdict(value, f"reward.verifier={spec!r}")
+        return read_verdict(value, named)
 
     return rule
 
 
-def _find(spec: str, module_name: str, function_name: str) -> Callable:
+def _find(named: str, module_name: str, function_name: str) -> Callable:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UserError(
-            f"reward.verifier={spec!r}: importing {module_name} failed ({error!r}); correct the name or put "
+            f"{named}: importing {module_name} failed ({error!r}); correct the name or put "
             "its folder on PYTHONPATH"
         ) from error
     function = getattr(module, function_name, None)
@@ -74,12 +76,11 @@ def _find(spec: str, module_name: str, function_name: str) -> Callable:
         return function
     names = sorted(n for n, value in vars(module).items() if callable(value) and not n.startswith("_"))
     raise UserError(
-        f"reward.verifier={spec!r}: {module_name} has no function {function_name!r}; it offers "
-        f"{', '.join(names) or 'nothing'}"
+        f"{named}: {module_name} has no function {function_name!r}; it offers {', '.join(names) or 'nothing'}"
     )
 
 
-def _takes_row(spec: str, function: Callable) -> bool:
+def _takes_row(named: str, function: Callable) -> bool:
     try:
         signature = inspect.signature(function)
     except ValueError:  # some builtins have none
@@ -91,8 +92,7 @@ def _takes_row(spec: str, function: Callable) -> bool:
             continue
         return len(arguments) == 3
     raise UserError(
-        f"reward.verifier={spec!r} must take (response, answer) or (response, answer, row); its signature is "
-        f"{signature}"
+        f"{named} must take (response, answer) or (response, answer, row); its signature is {signature}"
     )
 
 
@@ -106,13 +106,13 @@ def _waited_for(function: Callable) -> Callable:
     return lambda *arguments: runner.run(function(*arguments))
 
 
-def http_rule(url: str, timeout_s: float) -> Rule:
+def http_rule(url: str, timeout_s: float, field: str) -> Rule:
     """The rule of a service: POST of {"response", "answer", "row"} as JSON, answered with JSON. An answer
-    other than 200 and a connection that fails are exceptions: no grade.
+    other than 200 and a connection that fails are exceptions: no grade. `field` as in `function_rule`.
     """
     parts = urlsplit(url)
     if not parts.hostname:
-        raise UserError(f"reward.verifier={url!r} has no host; give http://host:port/path")
+        raise UserError(f"{field}={url!r} has no host; give http://host:port/path")
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_s)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +75,7 @@ class Grader:
         grade = None
         try:
             grade = await self._pool.grade_tokens(
-                completion.tokens, prompt.answer, rule=prompt.rule, row=_row(prompt)
+                completion.tokens, prompt.answer, rule=prompt.rule, row=partial(_row, prompt)
             )
             return grade
         finally:
@@ -140,14 +142,10 @@ class Grader:
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:
-    """What rules may look at beside the answer."""
-    return {
-        "prompt": prompt.text,
-        "answer": prompt.answer,
-        "rule": prompt.rule,
-        "source": prompt.source,
-        "row": prompt.row,
-    }
+    """The prompt's row of the data; what it lacks of rule, source and row is the prompt's."""
+    fields = json.loads(prompt.fields) if prompt.fields else {}
+    own = {"rule": prompt.rule, "source": prompt.source, "row": prompt.row}
+    return {**own, **fields, "prompt": prompt.text, "answer": prompt.answer}
 
 
 def _masked(completion: Completion) -> Completion:

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,10 @@ class GradingPool:
         answer: str,
         *,
         rule: str | None = None,
-        row: Mapping[str, Any] | None = None,
+        row: Callable[[], Mapping[str, Any]] | None = None,
     ) -> list[Grade]:
-        """Grades in the order of the responses. `rule` decides in place of the verifier; `row` is what rules
-        may look at beside the answer, JSON values.
+        """Grades in the order of the responses. `rule` decides in place of the verifier; `row` makes what
+        rules may look at beside the answer, JSON values, and is called if one of them does.
 
         RuntimeError if the pool is closed or a worker cannot be restarted, UserError if there is no such
         rule.
@@ -103,7 +103,7 @@ class GradingPool:
         answer: str,
         *,
         rule: str | None = None,
-        row: Mapping[str, Any] | None = None,
+        row: Callable[[], Mapping[str, Any]] | None = None,
     ) -> Grade:
         """The grade of one response of int32 [R] token ids; the rest as in `grade`."""
         assert self._decodes, "the pool was made without a decoder"
@@ -116,12 +116,13 @@ class GradingPool:
         bodies: Sequence[bytes | np.ndarray],
         answer: str,
         rule: str | None,
-        row: Mapping[str, Any] | None,
+        row: Callable[[], Mapping[str, Any]] | None,
     ) -> list[Grade]:
         if not bodies:
             return []
         names = [rule or self._verifier, *self._rules]
-        call = Call(kind, answer, names, row if any(map(needs_row, names)) else None, len(bodies))
+        seen = row() if row and any(map(needs_row, names)) else None
+        call = Call(kind, answer, names, seen, len(bodies))
         if not self._jobs.put([Job(call, index, body) for index, body in enumerate(bodies)]):
             raise RuntimeError("the grading pool is closed")
         return await call.grades

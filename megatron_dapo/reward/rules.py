@@ -111,13 +111,14 @@ RULES: dict[str, Rule] = {
 
 def needs_row(name: str) -> bool:
     """Whether the rule may look at more of the row than its answer."""
-    return name not in RULES
+    return name not in RULES and name != "code"
 
 
-def load_rule(name: str, timeout_s: float = 10.0) -> Rule:
+def load_rule(name: str, timeout_s: float = 10.0, field: str = "reward.verifier") -> Rule:
     """The rule of this name, ready to be called. `timeout_s`: in which one of its calls should end.
 
-    UserError names what is wrong with it: unknown, not importable, of another signature.
+    UserError names `field`, where the name is from, and what is wrong with it: unknown, not importable, of
+    another signature.
     """
     if name in RULES:
         if name in ("math_verify", "auto"):
@@ -131,5 +132,5 @@ def load_rule(name: str, timeout_s: float = 10.0) -> Rule:
     from megatron_dapo.reward.custom import function_rule, http_rule
 
     if name.startswith(("http://", "https://")):
-        return http_rule(name, timeout_s)
-    return function_rule(name, [*RULES, "code"])
+        return http_rule(name, timeout_s, field)
+    return function_rule(name, [*RULES, "code"], field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ GOOD_ROWS = [Row("1+1", "2"), Row("half", "0.5"), Row("x", "\\pi")]
 
 
 def test_every_source_gives_the_same_rows(tmp_path):
-    text = [{**row, "solution": str(row["solution"]), "other": 1} for row in GOOD]
+    text = [{**row, "solution": str(row["solution"])} for row in GOOD]
     jsonl = write_lines(tmp_path / "rows.jsonl", *map(json.dumps, GOOD[:2]), "", json.dumps(GOOD[2]))
     parquet = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(text), parquet)
@@ -121,10 +122,10 @@ def test_a_bad_file_is_named(tmp_path):
     check("empty.jsonl", r"empty\.jsonl has no rows")
     check("rows.csv", r"ends in '\.csv'; give a \.jsonl")
     check("text.parquet", r"text\.parquet cannot be read as Parquet")
-    check("keys.parquet", r"keys\.parquet: no key 'prompt' .*did you mean data.prompt_key=promt")
+    check("keys.parquet", r"keys\.parquet, row 0: no key 'prompt' .*did you mean data.prompt_key=promt")
     with pytest.raises(UserError, match="the given list has no rows"):
         load_rows([], "prompt", "answer")
-    with pytest.raises(UserError, match="the given Dataset: no key 'prompt'"):
+    with pytest.raises(UserError, match="row 0: no key 'prompt'"):
         load_rows(datasets.Dataset.from_dict({"a": ["b"]}), "prompt", "answer")
 
 
@@ -134,12 +135,13 @@ def test_a_bad_file_is_named(tmp_path):
 def test_a_row_may_name_its_reward_rule(tmp_path):
     """Also where other rows of the file do not, and where no row does."""
     rows = [{"prompt": "a", "answer": "1", "rule": "choice"}, {"prompt": "b", "answer": "2", "rule": None}]
-    expected = [Row("a", "1", "choice"), Row("b", "2")]
+    expected = [("a", "1", "choice"), ("b", "2", None)]
     parquet = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
     jsonl = write_lines(tmp_path / "rows.jsonl", json.dumps(rows[0]), '{"prompt": "b", "answer": "2"}')
     for source in (jsonl, parquet, rows, datasets.Dataset.from_list(rows)):
-        assert load_rows(source, "prompt", "answer", rule_key="rule") == expected
+        found = load_rows(source, "prompt", "answer", rule_key="rule")
+        assert [(row.prompt, row.answer, row.rule) for row in found] == expected
         assert load_rows(source, "prompt", "answer", rule_key="other")[0].rule is None
         assert load_rows(source, "prompt", "answer")[0].rule is None
 
@@ -148,6 +150,43 @@ def test_a_row_may_name_its_reward_rule(tmp_path):
 def test_a_rule_that_is_no_name_is_named(rule):
     with pytest.raises(UserError, match=r"row 0: 'kind' \(data.rule_key\) must name a reward rule, got"):
         load_rows([{"prompt": "a", "answer": "1", "kind": rule}], "prompt", "answer", rule_key="kind")
+
+
+def test_each_rule_is_checked_once_where_it_is_named_first(tmp_path):
+    lines = [
+        {"prompt": "a", "answer": "1"} | ({"kind": rule} if rule else {}) for rule in ("", "x", "y", "x")
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", *map(json.dumps, lines))
+    checked: list[tuple[str, str]] = []
+    load_rows(path, "prompt", "answer", rule_key="kind", check_rule=lambda *named: checked.append(named))
+    where = "{path}, line {line}: 'kind' (data.rule_key)"
+    assert checked == [("x", where.format(path=path, line=2)), ("y", where.format(path=path, line=3))]
+
+
+# --- other fields -------------------------------------------------------------------------
+
+
+def test_the_other_fields_of_a_row_are_kept_whatever_the_source(tmp_path):
+    rows = [{"prompt": "a", "answer": "1", "tests": [1, {"x": "\u00bd"}], "level": None}]
+    parquet = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "tests": [1, 2]}]), parquet)
+    jsonl = write_lines(tmp_path / "rows.jsonl", json.dumps(rows[0]))
+    for source in (jsonl, rows):
+        [row] = load_rows(source, "prompt", "answer")
+        assert json.loads(row.fields) == {"tests": [1, {"x": "\u00bd"}], "level": None}
+    for source in (parquet, datasets.Dataset.from_parquet(str(parquet))):
+        [row] = load_rows(source, "prompt", "answer")
+        assert json.loads(row.fields) == {"tests": [1, 2], "level": None}
+
+
+def test_a_row_without_other_fields_keeps_nothing():
+    assert load_rows([{"q": "a", "a": "1"}], "q", "a") == [Row("a", "1", None, "")]
+
+
+def test_what_json_does_not_know_becomes_text():
+    day = datetime.date(2026, 1, 2)
+    [row] = load_rows([{"prompt": "a", "answer": "1", "day": day}], "prompt", "answer")
+    assert json.loads(row.fields) == {"day": "2026-01-02"}
 
 
 def test_sources_have_names_and_may_have_keys_of_their_own(tmp_path):

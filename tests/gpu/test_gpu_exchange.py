@@ -18,7 +18,7 @@ def check(found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_gpus_and_nccl(count):
     if torch.cuda.device_count() < count:
         pytest.skip(f"torch sees {torch.cuda.device_count()} GPUs, not {count}")

@@ -19,9 +19,10 @@ from support.runs import STEPS, Run, assert_steps_equal, metrics, overrides, res
 pytestmark = pytest.mark.timeout(1800)  # a busy machine needs minutes for a server's start alone
 
 
-def test_stopped_then_killed_a_run_resumes_exactly(finished, place):
-    """SIGTERM in the middle of step 2; resumed, kill -9 of the launcher in the middle of step 3; resumed:
-    nothing shows.
+def test_stopped_killed_and_without_its_engine_a_run_goes_on_exactly(finished, place):
+    """SIGTERM in the middle of step 2; resumed, kill -9 of the launcher in the middle of step 3; resumed,
+    kill -9 of the engine while it generates for step 4, and Ctrl-C after the steps that are compared: nothing
+    shows and nothing is left.
     """
     run_dir = place.folder / "disturbed"
     with resume(place, run_dir, "disturbed_1.log", hold=f"{run_dir} 1") as run:
@@ -42,10 +43,19 @@ def test_stopped_then_killed_a_run_resumes_exactly(finished, place):
         assert run.all_gone()
     assert [line["step"] for line in metrics(run_dir)] == [1, 2]
 
-    with resume(place, run_dir, "disturbed_3.log") as run:
-        assert run.wait() == 0, run.text
-        assert "step_000002" in run.text
-    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5]
+    with resume(place, run_dir, "disturbed_3.log", run__max_steps=1000) as run:
+        run.until(lambda: len(metrics(run_dir)) >= 3)
+        kill_engine(run)
+        run.until(lambda: metrics(run_dir)[-1]["step"] >= STEPS)
+        assert "step_000002" in run.text and "engine_0 is started again" in run.text
+        # what a terminal does on Ctrl-C: to the launcher and to every rank
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.wait(120) == 0, run.text
+        assert run.all_gone()
+        assert "SIGINT" in run.text and "resume with" in run.text and "Traceback" not in run.text
+    last = metrics(run_dir)[-1]["step"]
+    assert [line["step"] for line in metrics(run_dir)] == list(range(1, last + 1))
+    assert (run_dir / "checkpoints" / f"step_{last:06d}" / "run.pt").exists()
     assert_steps_equal(run_dir, finished, range(1, STEPS + 1))
 
 
@@ -73,26 +83,6 @@ def test_kill_9_while_saving_leaves_the_previous_checkpoint(finished, place):
     saved = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert saved == [f"step_{step:06d}" for step in range(1, STEPS + 1)]
     assert_steps_equal(run_dir, finished, range(1, STEPS + 1))
-
-
-def test_an_engine_killed_while_it_generates_is_replaced_and_ctrl_c_leaves_nothing(finished, place):
-    run_dir = place.folder / "engine_killed"
-    with resume(place, run_dir, "engine_killed.log", run__max_steps=1000) as run:
-        run.until(lambda: run.named("vllm.entrypoints"))
-        run.until(lambda: metrics(run_dir))
-        kill_engine(run)
-        run.until(lambda: metrics(run_dir)[-1]["step"] >= 3)
-        assert "engine_0 is started again" in run.text
-        assert_steps_equal(run_dir, finished, range(1, 4))
-
-        os.killpg(
-            run.process.pid, signal.SIGINT
-        )  # what a terminal does on Ctrl-C: to the launcher and to every rank
-        assert run.wait(120) == 0, run.text
-        assert run.all_gone()
-        assert "SIGINT" in run.text and "resume with" in run.text and "Traceback" not in run.text
-    last = metrics(run_dir)[-1]["step"]
-    assert (run_dir / "checkpoints" / f"step_{last:06d}" / "run.pt").exists()
 
 
 def kill_engine(run: Run) -> None:

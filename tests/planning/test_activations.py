@@ -16,6 +16,7 @@ from megatron_dapo.planning.activations import (
     recomputed_per_token,
     schedule,
 )
+from megatron_dapo.planning.sizes import rank_sizes
 
 TOKENS, GIB = 22_528, 2**30
 
@@ -41,6 +42,16 @@ TOKENS, GIB = 22_528, 2**30
         (["policy.recompute=full", "policy.recompute_layers=4"], 1, 22_528 * 4 * 1_280 / GIB),
         # and 5,120 hidden states of every token, 640 of the final norm's input
         ([], 3, 22_528 * (16 * 30_484 + 2 * 5_760) / GIB),
+        # one byte of 640 + 640 + 3456 that linear layers multiply, and 640 beside attention's own output
+        (["policy.fp8.recipe=tensorwise"], 1, 22_528 * 16 * (30_484 - 640 - 640 - 3456 + 640) / GIB),
+        # of the last stage's 16 layers the last one is in bf16
+        (
+            ["policy.fp8.recipe=tensorwise", "policy.fp8.first_last_bf16=true"],
+            3,
+            22_528 * (15 * 26_388 + 30_484 + 2 * 5_760) / GIB,
+        ),
+        # blocks of 128 have a scale of 4 bytes
+        (["policy.fp8.recipe=blockwise"], 1, 22_528 * 16 * (26_388 + (3 * 640 + 3456) / 32) / GIB),
     ],
 )
 def test_one_micro_batch_of_the_flagship(known_model, shipped, overrides, stage, gib):
@@ -55,7 +66,7 @@ def test_what_is_dropped_is_made_again(known_model, shipped):
     for modules in (["mlp"], ["moe"], ["moe_act"], ["layernorm", "moe"]):
         names = f"policy.recompute_modules=[{','.join(modules)}]"
         config = shipped("qwen3_30b_a3b", "policy.recompute=selective", names)
-        rows = GPU_LAYERS.rows(model, config.layout.to_layout(), 2)
+        rows = GPU_LAYERS.rows(model, config.layout.to_layout(), 2, None)
         whole = sum(row.per_token for row in rows)
         kept, again = (f(rows, config.policy) for f in (kept_per_token, recomputed_per_token))
         assert kept + again == pytest.approx(whole)
@@ -65,11 +76,11 @@ def test_what_is_dropped_is_made_again(known_model, shipped):
 def test_experts_keep_what_their_tokens_bring(known_model, shipped):
     model = known_model("Qwen3-30B-A3B")
     layout = shipped("qwen3_30b_a3b").layout.to_layout()  # tp 4, ep 8
-    rows = {row.name: row.per_token for row in GPU_LAYERS.rows(model, layout, 2)}
+    rows = {row.name: row.per_token for row in GPU_LAYERS.rows(model, layout, 2, None)}
     busiest = 8 / 4 * 1.5  # of 8 experts a token, of a quarter of the tokens; the assumed surplus
     assert rows["expert input"] == 2 * 2048 * busiest
     assert rows["expert gate, up"] == 2 * 2 * 768 * busiest
-    alone = {row.name: row.per_token for row in GPU_LAYERS.rows(model, Layout(), 2)}
+    alone = {row.name: row.per_token for row in GPU_LAYERS.rows(model, Layout(), 2, None)}
     assert alone["expert input"] == 2 * 2048 * 8
 
 
@@ -112,7 +123,7 @@ def test_all_that_is_kept_is_let_go():
 # --- Megatron's own ---------------------------------------------------------------------
 
 
-def gpt_rows(model, layout, size):
+def gpt_rows(model, layout, size, fp8):
     """Megatron's GPT of its own tests: GELU, biases, dropout after attention and MLP, no rotary embedding."""
     h, q, k, t, f = model.hidden_size, model.query_size, model.key_size, layout.tp, model.ffn_size
     return (
@@ -151,7 +162,36 @@ def test_peak_memory_of_megatrons_own_7b_runs(known_model, overrides, tokens, st
     vocabulary = 131_072 * 4096 / layout.tp
     state = 12 * (layer * 32 / (layout.tp * layout.pp) + vocabulary * (2 if layout.pp == 1 else 1))
     assert state == pytest.approx(allocated, rel=0.06)  # bf16, fp32 gradients, half of 12 bytes of AdamW
-    layers = Layers(rows=gpt_rows, final_norm=1)
+    layers = Layers(rows=gpt_rows, final_norm=lambda size: size)
     kept = rank_activations(config, model, stage, micro_batches=4, layers=layers).kept
     logits = tokens * 131_072 / layout.tp * (2 + 4)
     assert allocated + kept + logits == pytest.approx(peak, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("pp", "vpp", "dp", "peak"),
+    # NVIDIA-NeMo/Megatron-Bridge at 067f987, skills/nemo-mbridge-perf-memory-tuning/SKILL.md: measured
+    [(4, 5, 2, 58.8), (8, 5, 1, 53.2), (4, 10, 2, 60.2)],
+)
+def test_peak_memory_of_nvidias_70b_runs(known_model, pp, vpp, dp, peak):
+    """Llama 3 70B on 32 H100 at tp4, 32 sequences of 4,096 tokens: weights of the layers in FP8 (one byte:
+    parameter_transpose_cache is off), gradients in bf16, [core_attn] recomputed. Taken to be of the last
+    stage, whose rank alone wrote the memory to the logs then (Megatron-Bridge issue 3167); the logits are
+    those of Megatron's own loss.
+    """
+    changes = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    changes |= {"num_key_value_heads": 8, "intermediate_size": 28_672, "vocab_size": 128_256}
+    model = known_model("Qwen2.5-32B", **changes)
+    words = ["layout.tensor_parallel=4", "layout.sequence_parallel=true", "batch.max_tokens=4096"]
+    words += [f"layout.pipeline_parallel={pp}", f"layout.virtual_pipeline_parallel={vpp}"]
+    words += [
+        f"layout.data_parallel={dp}",
+        "policy.recompute=selective",
+        "policy.recompute_modules=[core_attn]",
+    ]
+    config = RunConfig.load(None, ["model.path=none", *words, "policy.fp8.recipe=tensorwise"])
+    size = rank_sizes(config, model, pp - 1)
+    state = size.weights - size.quantized + 2 * size.elements + size.optimizer
+    kept = rank_activations(config, model, pp - 1, micro_batches=32 // dp).kept
+    logits = 4096 * 128_256 / 4 * (2 + 4)
+    assert (state + kept + logits) / 1e9 == pytest.approx(peak, rel=0.03)

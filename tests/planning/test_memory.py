@@ -100,6 +100,76 @@ def test_fp8_engines_hold_less(planned):
     assert weights[1] / weights[0] == pytest.approx(0.524, abs=0.001)  # of the push, test_plan_tool.py
 
 
+def test_a_reference_model_visits_the_gpu(planned):
+    plain, other = planned("qwen32b"), planned("qwen32b", "objective.kl_coef=0.01")
+    for before, rank in zip(plain.ranks, other.ranks, strict=True):
+        assert rank.parts["old_logprobs"]["reference model's weights"] == rank.sizes.weights
+        assert all("reference model's weights" not in rank.parts[p] for p in ("generate", "update", "sync"))
+        assert rank.offloaded == before.offloaded + rank.sizes.weights
+        assert rank.total("update") == before.total("update")
+
+
+def test_another_reference_model_has_its_own_size(known_model, shipped):
+    model, small = known_model("Qwen2.5-32B"), known_model("Qwen2.5-7B", vocab_size=152_064)
+    config = shipped("qwen32b", "objective.kl_coef=0.01", "layout.tensor_parallel=4")
+    plan = plan_memory(config, model, GPUS["H100"], reference=small)
+    weights = plan.ranks[0].parts["old_logprobs"]["reference model's weights"]
+    layer = 3584 * (3584 + 2 * 512) + (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18_944
+    assert weights == 2 * (7 * (layer / 4 + 2 * 3584) + 152_064 / 4 * 3584)
+
+
+def test_a_value_model_is_trained_beside_the_policy(planned):
+    plain, other = planned("qwen32b"), planned("qwen32b", "objective.kind=ppo")
+    # stages in the middle have the same twice; the last one has 5,120 weights instead of an output layer
+    less = {0: 0, 1: 0, 2: 0, 3: 152_064 * 5120 // 8 - 5120}
+    for before, rank in zip(plain.ranks, other.ranks, strict=True):
+        elements = rank.sizes.elements - less[rank.stage]
+        assert rank.parts["generate"]["value model's weights"] == 2 * elements
+        update, was = rank.parts["update"], before.parts["update"]
+        assert update["gradients"] == was["gradients"] + 4 * elements
+        assert update["optimizer state"] == pytest.approx(was["optimizer state"] + 3 * elements, abs=12)
+        assert update["activations"] == was["activations"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "overrides", "copies"),
+    [
+        ("H100", ["policy.fp8.recipe=tensorwise"], 2),  # by row and by column
+        ("B200", ["policy.fp8.recipe=tensorwise"], 1),  # which multiplies either
+        ("H100", ["policy.fp8.recipe=blockwise"], 2 + 2 * 4 / 128**2),
+        ("B200", ["policy.fp8.recipe=mxfp8"], 2 + 2 / 32),
+    ],
+)
+def test_weights_in_fp8_by_hand(planned, gpu, overrides, copies):
+    matrices = 16 * (5120 * 7168 + 5120 * 5120 + 3 * 5120 * 27_648) // 8  # of a stage, on a rank
+    rank = planned("qwen32b", *overrides, gpu=gpu).ranks[1]
+    for phase in PHASES:
+        copied = rank.parts[phase].get("weights in FP8", 0.0)
+        assert copied == pytest.approx(matrices * copies if phase in ("old_logprobs", "update") else 0.0)
+        assert rank.parts[phase]["policy weights"] == rank.sizes.weights
+    # nothing else is there of the weights
+    rank = planned("qwen32b", *overrides, "policy.fp8.param_gather=true", gpu=gpu).ranks[1]
+    for phase in PHASES:
+        assert rank.parts[phase]["weights in FP8 that stay"] == pytest.approx(matrices * copies)
+        assert rank.parts[phase]["policy weights"] == rank.sizes.weights - 2 * matrices
+        assert "weights in FP8" not in rank.parts[phase]
+    # a reference model has what it multiplies with in its forward passes
+    rank = planned("qwen32b", *overrides, "objective.kl_coef=0.01", gpu=gpu).ranks[1]
+    by_row = 1 if copies == 1 else copies / 2
+    expected = rank.sizes.weights + matrices * by_row
+    assert rank.parts["old_logprobs"]["reference model's weights"] == pytest.approx(expected)
+    assert all("weights in FP8 that stay" not in rank.parts[phase] for phase in PHASES)
+
+
+def test_the_first_and_the_last_layer_may_stay_in_bf16(planned):
+    all_layers, fewer = (
+        planned("qwen32b", "policy.fp8.recipe=blockwise", f"policy.fp8.first_last_bf16={word}").ranks
+        for word in ("false", "true")
+    )
+    shares = [b.sizes.quantized / a.sizes.quantized for a, b in zip(all_layers, fewer, strict=True)]
+    assert shares == [15 / 16, 1, 1, 15 / 16]
+
+
 # --- preflight --------------------------------------------------------------------------
 
 

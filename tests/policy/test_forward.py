@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_dapo.layout import Layout
-from megatron_dapo.policy.forward import make_micro_batch, response_logprobs
+from megatron_dapo.policy.forward import make_micro_batch, response_logprobs, run_model
 from megatron_dapo.types import Batch, MiniBatch, Stream
 
 # Three samples of 3, 4 and 2 tokens; the second has a response of 2, the third one of 1, the first one is
@@ -146,3 +146,16 @@ def test_logprobs_at_a_temperature_without_the_padded_vocabulary():
     log_z = (exp4 + 23).log()
     assert logprobs.tolist() == pytest.approx([float(4 - log_z), float(-log_z)], rel=1e-6)
     assert entropy.tolist() == pytest.approx([float(log_z - 4 * exp4 / (exp4 + 23))] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("bf16", "asked"), [(True, {"fp32_output": False}), (False, {})])
+def test_hidden_states_of_all_tokens_are_not_copied_to_fp32(bf16, asked):
+    """Megatron's Float16Module does so unless it is told otherwise; without it nobody knows the word."""
+
+    class Chunk:
+        config = SimpleNamespace(bf16=bf16)
+
+        def __call__(self, tokens, positions, mask, *, packed_seq_params, **options):
+            return options
+
+    assert run_model(Chunk(), micro([0]), SimpleNamespace(cp_group=None)) == asked  # type: ignore[arg-type]

@@ -267,6 +267,14 @@ def test_the_emulation_stores_no_parameters_in_fp8():
     fp8_rules.check(Fp8Config(), QWEN, Layout(), "fp32", on_cpu=True)
 
 
+def test_a_machine_without_gpus_plans_for_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fp8_rules.check(Fp8Config(), QWEN, Layout(), "bf16", on_cpu=False)
+    with pytest.raises(ValueError, match="leaves none of the model's 2 layers"):
+        two = replace(QWEN, num_layers=2)
+        fp8_rules.check(Fp8Config(first_last_bf16=True), two, Layout(), "bf16", on_cpu=False)
+
+
 HOPPER = dict(dtype="bf16", capability=(9, 0), cuda="12.9", transformer_engine=(2, 9))
 
 

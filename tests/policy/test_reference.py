@@ -55,7 +55,10 @@ def test_weights_are_on_the_device_only_while_it_computes():
         seen.append(parameter.tolist() == [1.0, 2.0])
         return torch.zeros(1)
 
-    reference._model = SimpleNamespace(session=SimpleNamespace(device="meta"), logprobs=logprobs)
+    layer: Any = torch.nn.Linear(1, 1)
+    layer._fp8_workspaces = {"weight": torch.ones(1)}  # as TransformerEngine's with policy.fp8
+    session = SimpleNamespace(device="meta")
+    reference._model = SimpleNamespace(session=session, logprobs=logprobs, chunks=[layer])
     host_to = torch.Tensor.to
     try:
         torch.Tensor.to = lambda self, *_, **__: self.clone()  # type: ignore[assignment,method-assign]
@@ -63,6 +66,7 @@ def test_weights_are_on_the_device_only_while_it_computes():
     finally:
         torch.Tensor.to = host_to  # type: ignore[method-assign]
     assert seen == [True, True]
+    assert layer._fp8_workspaces == {}
     assert parameter.data_ptr() == host.data_ptr()
     reference._on_host = []
     reference.logprobs(None)

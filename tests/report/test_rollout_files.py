@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import zlib
@@ -12,16 +13,26 @@ import pyarrow.parquet as pq
 import pytest
 from support.samples import make_completion
 
+from megatron_dapo.objectives.advantages import with_advantages
 from megatron_dapo.report import rollouts
 from megatron_dapo.report.rollouts import load_groups, rollout_path, save_groups
-from megatron_dapo.types import Completion, Group, Prompt
+from megatron_dapo.report.step import source_metrics
+from megatron_dapo.types import Collected, Completion, Group, GroupFacts, Prompt
 
 # a value that needs 9 digits, a denormal, a negative zero, an ordinary one
 LOGPROBS = (-0.1 - 0.2, -1e-45, -0.0, -1.5)
 
 
 def make_group(position: int, num_samples: int = 2) -> Group:
-    prompt = Prompt(position=position, row=3, text='What is "½"?\n\ud800', answer="1", tokens=(1, 2, 3))
+    prompt = Prompt(
+        position=position,
+        row=3,
+        text='What is "½"?\n\ud800',
+        answer="1",
+        tokens=(1, 2, 3),
+        rule="choice" if position == 1 else None,
+        source=None if position == 1 else f"\ud800{position}",
+    )
     completions = tuple(
         make_completion(
             (4, 5, 6, 7 + i),
@@ -31,6 +42,7 @@ def make_group(position: int, num_samples: int = 2) -> Group:
             trained=[True, i == 0, True, True],
             number=i,
             seed=i or None,
+            reward_parts={} if position == 2 else {"verifier": 1.0 - i, "m:brief": -0.1 - 0.2 * i},
         )
         for i in range(num_samples)
     )
@@ -61,7 +73,7 @@ def test_the_round_trip_is_exact(tmp_path):
     assert loaded[0].completions[0].versions == ((7, 3), (9, 1))
     assert [c.seed for c in loaded[0].completions] == [None, 1]
     assert header == {
-        "format": 3,
+        "format": 4,
         "step": 3,
         "weight_version": 7,
         "num_groups": 3,
@@ -69,6 +81,53 @@ def test_the_round_trip_is_exact(tmp_path):
         "meta": {"model": "tiny"},
     }
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def of_format_3(path) -> None:
+    """The file as it was written before rule, source and reward_parts."""
+    table = pq.read_table(path).drop_columns(["rule", "source", "reward_parts"])
+    header = table.schema.metadata[b"megatron_dapo"][8:].replace(b'"format": 4', b'"format": 3')
+    pq.write_table(table.replace_schema_metadata({b"megatron_dapo": with_checksum(header)}), path)
+
+
+def test_files_of_format_3_are_still_read(tmp_path):
+    groups = save(tmp_path / "a.parquet")
+    of_format_3(tmp_path / "a.parquet")
+    loaded, header = load_groups(tmp_path / "a.parquet")
+    assert header["format"] == 3
+    without = [
+        dataclasses.replace(
+            group,
+            prompt=dataclasses.replace(group.prompt, rule=None, source=None),
+            completions=tuple(dataclasses.replace(c, reward_parts={}) for c in group.completions),
+        )
+        for group in groups
+    ]
+    assert loaded == without
+
+
+def test_training_and_metrics_of_a_source_are_the_same_from_a_file(tmp_path):
+    """Rewards that are normalised each (GDPO), and what is reported of each source."""
+    groups = [group for group in (make_group(position, 3) for position in range(5)) if group.prompt.source]
+    groups = [group for group in groups if group.completions[0].reward_parts]
+    save_groups(tmp_path / "a.parquet", groups, step=3, meta={})
+    loaded, _ = load_groups(tmp_path / "a.parquet")
+    before, after = (
+        [sample.advantages.tolist() for sample in with_advantages(some, each_reward=True)]
+        for some in (groups, loaded)
+    )
+    assert before == after and len({tuple(values) for values in before}) > 2
+    before, after = (
+        source_metrics(
+            Collected(
+                groups=tuple(some),
+                sampled=tuple(GroupFacts.of(group, "accepted") for group in some),
+                counts={},
+            )
+        )
+        for some in (groups, loaded)
+    )
+    assert before == after and f"source/\ud800{groups[0].prompt.position}/accuracy" in before
 
 
 def test_any_reader_of_parquet_finds_one_row_a_completion(tmp_path):
@@ -80,6 +139,7 @@ def test_any_reader_of_parquet_finds_one_row_a_completion(tmp_path):
         {"position": 5, "number": 1, "correct": None, "reward": 0.9, "finish_reason": "length"},
     ]
     assert table["tokens"].to_pylist() == [[4, 5, 6, 7], [4, 5, 6, 8]]
+    assert table["reward_parts"].to_pylist()[1] == [("verifier", 0.0), ("m:brief", -0.1 - 0.2)]
     assert table["trained"].to_pylist() == [None, [True, False, True, True]]  # None: all
     assert table["version_tokens"].to_pylist() == [[3, 1], [3, 1]]
 
@@ -128,13 +188,15 @@ def test_a_token_takes_at_most_six_bytes(tmp_path):
     """
     draw = np.random.default_rng(0)
     ids = np.searchsorted(np.cumsum(1 / np.arange(1, 150_001)), draw.uniform(1, 12.4, 400_000))
+    parts = lambda: {f"my_package.rewards:part_{i}": draw.random() for i in range(3)}  # noqa: E731
     near, spread = -np.exp(draw.uniform(-16, -2, ids.size)), -draw.exponential(1.2, ids.size)
     logprobs = np.where(draw.random(ids.size) < 0.5, near, spread)
     completions = [
-        make_completion(tokens, logprobs=values)
+        make_completion(tokens, logprobs=values, reward_parts=parts())
         for tokens, values in zip(np.split(ids, 80), np.split(logprobs, 80), strict=True)
     ]
-    prompt = Prompt(position=0, row=0, text="a" * 500, answer="b", tokens=tuple(range(200)))
+    named = {"rule": "choice", "source": "gsm8k"}
+    prompt = Prompt(position=0, row=0, text="a" * 500, answer="b", tokens=tuple(range(200)), **named)
     path = tmp_path / "a.parquet"
     group = Group(prompt=prompt, completions=tuple(completions), correct=(True,) * 80, rewards=(1.0,) * 80)
     save_groups(path, [group], step=0, meta={})
@@ -213,7 +275,7 @@ def test_a_damaged_file_is_named(tmp_path):
             path, lambda value: with_checksum(value[8:].replace(sizes, b"[2, 2]"))
         ),
         "later format": changed_metadata(
-            path, lambda value: with_checksum(value[8:].replace(b'"format": 3', b'"format": 4'))
+            path, lambda value: with_checksum(value[8:].replace(b'"format": 4', b'"format": 5'))
         ),
     }
     for name, content in damaged.items():

@@ -82,13 +82,18 @@ def test_an_output_of_other_rows_is_not_gone_on_with(tmp_path):
     assert "line 3 is not the grade" in grade(tmp_path, ROWS[1:3], "--output", str(output)).stderr
 
 
-def test_a_prediction_is_what_each_rule_looks_for():
-    from megatron_dapo.reward.rules import load_rule
-
+@pytest.fixture(scope="module")
+def module():
     spec = importlib.util.spec_from_file_location("grade_tool", TOOL)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
+    return module
+
+
+def test_a_prediction_is_what_each_rule_looks_for(module):
+    from megatron_dapo.reward.rules import load_rule
+
     for rule in ("dapo", "dapo_boxed", "math_verify", "auto", "exact"):
         for prediction in ("7", "x^2", "\\frac{1}{2}"):
             response = module.as_response(prediction)
@@ -118,3 +123,10 @@ def test_unknown_rules_and_empty_files_are_refused(tmp_path):
     named = json.dumps({"response": "7", "answer": "7", "rule": "dappo"})
     result = grade(tmp_path, [named], "--rule-key", "rule")
     assert result.returncode == 1 and "reward.verifier='dappo'" in result.stderr
+
+
+def test_rules_see_the_whole_row_and_its_answer(module, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"response": "r", "a": 7, "level": 3}\n')
+    arguments = ["--input", str(tmp_path / "rows.jsonl"), "--answer-key", "a"]
+    [row] = module.read_rows(module.parse_args(arguments))
+    assert row.seen() == {"response": "r", "a": 7, "level": 3, "answer": "7"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import pickle
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from support.bytes_as_tokens import as_tokens, make_byte_backend
 from support.samples import make_completion, make_prompt
 from transformers import PreTrainedTokenizerFast
 
-from megatron_dapo.config import RewardConfig
+from megatron_dapo.config import DataConfig, RewardConfig
+from megatron_dapo.data.prompts import PromptStream
+from megatron_dapo.data.rows import load_rows
 from megatron_dapo.errors import UserError
 from megatron_dapo.reward.grading import Grader
 from megatron_dapo.reward.jobs import Grade
@@ -111,6 +114,20 @@ async def test_rules_see_the_prompt(make_grader, tmp_path, monkeypatch):
         assert (await grader.grade(prompt, says("7"))).outcome == decision
 
 
+async def test_rules_see_the_whole_row_as_in_the_tool_that_grades_files(make_grader, tmp_path, monkeypatch):
+    """From the file to the rule: fields of the row's own, also one named as what a prompt has anyway."""
+    wanted = "row['level'] == 3 and row['source'] == 's' and row['answer'] == '7'"
+    (tmp_path / "row_rule.py").write_text(f"def rule(response, answer, row): return {wanted}")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = load_rows([{"q": "Q?", "a": 7, "level": n, "source": "s"} for n in (3, 4)], "q", "a")
+    config = DataConfig(shuffle=False, epochs=1)
+    stream = PromptStream({None: rows}, lambda text, **_: {"input_ids": [1]}, config, 0)  # type: ignore[arg-type]
+    grader = make_grader(verifier="row_rule:rule")
+    prompts = [stream.next(), stream.next()]
+    grades = [await grader.grade(pickle.loads(pickle.dumps(prompt)), says("7")) for prompt in prompts]
+    assert [grade.outcome for grade in grades] == ["correct", "wrong"]
+
+
 def test_several_rewards_are_weighted_and_kept_apart(make_grader):
     grader = make_grader(rules={"exact": 0.25, "choice": -2.0}, overlong_cache=4)
     grades = [Grade("wrong", -0.5, extra=(1.0, 0.5)), Grade("crashed")]
@@ -172,7 +189,7 @@ async def test_seconds_are_of_the_clock_not_of_the_completions(make_grader, monk
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     asked: list[asyncio.Future] = []
 
-    def grade_tokens(tokens: np.ndarray, answer: str, *, rule: None, row: dict) -> asyncio.Future:
+    def grade_tokens(tokens: np.ndarray, answer: str, *, rule: None, row: object) -> asyncio.Future:
         asked.append(asyncio.get_running_loop().create_future())
         return asked[-1]
 

@@ -141,7 +141,7 @@ async def test_a_failure_to_decode_is_an_error(pool, caplog):
 async def test_hanging_grade_is_killed_and_the_rest_of_the_group_graded(pool, ask, caplog):
     start = time.monotonic()
     assert await ask(pool, ["7", "hang", "7", "hang", "8"], "7") == [RIGHT, TIMEOUT, RIGHT, TIMEOUT, WRONG]
-    assert time.monotonic() - start >= 1.0
+    assert 1.0 <= time.monotonic() - start < 60  # the workers that take over need seconds to start
     assert len(caplog.records) == 1 and "reward.timeout_s=0.5" in caplog.text
     assert len(workers_of(os.getpid())) == 1
 
@@ -382,9 +382,9 @@ async def test_further_rules_add_scores_and_see_the_row(tmp_path, monkeypatch):
     (tmp_path / "row_rule.py").write_text("def worth(response, answer, row): return row['worth']")
     monkeypatch.syspath_prepend(tmp_path)
     with GradingPool("dapo", workers=1, timeout_s=10, rules=["row_rule:worth", "exact"]) as pool:
-        (grade,) = await pool.grade(["Answer: 8"], "7", row={"worth": 0.5})
+        (grade,) = await pool.grade(["Answer: 8"], "7", row=lambda: {"worth": 0.5})
         assert (grade.outcome, grade.score, grade.extra) == ("wrong", -1.0, (0.5, -1.0))
-        assert await pool.grade(["Answer: 7"], "7", row={"worth": None}) == [ERROR]
+        assert await pool.grade(["Answer: 7"], "7", row=lambda: {"worth": None}) == [ERROR]
     with pytest.raises(UserError, match="reward.verifier='dappo'"):
         GradingPool("dapo", workers=1, timeout_s=10, rules=["dappo"])
 

@@ -1,27 +1,47 @@
 """A real server that another interpreter runs (rollout.python), and that starts with dummy weights
-(rollout.load_format) and sleeps: after a push it answers as one that has read the checkpoint.
+(rollout.load_format) and sleeps: after a push it answers as one that has read the checkpoint. It ends with
+the process that started it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import site
+import subprocess
 import sys
+import time
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from support.models import MAX_MODEL_LEN, TOKEN
 from support.push import checkpoint, push
-from support.servers import running
+from support.servers import group_members, wait_until_gone
 
-from megatron_dapo.config import RolloutConfig
-from megatron_dapo.rollout.client import EngineClient
+from megatron_dapo.rollout.client import EngineClient, EngineDied
 from megatron_dapo.rollout.errors import RequestFailed
-from megatron_dapo.rollout.server import EngineServer
 
 PROMPT = [10, 20, 30, 40, 50]
+OWNER = """
+import asyncio, sys, time
+from pathlib import Path
+from megatron_dapo.config import RolloutConfig
+from megatron_dapo.rollout.server import EngineServer
+
+model, folder, token, python, longest = sys.argv[1:]
+rollout = RolloutConfig(max_concurrency=64, python=python)
+server = EngineServer(1, model, rollout, "fp32", int(longest), Path(folder), token, 0, load_format="dummy")
+server.start()
+print(server.pid, server.url, flush=True)
+asyncio.run(server.wait_healthy(300))
+print("healthy", flush=True)
+time.sleep(10_000)
+"""
 
 
 def make_venv(folder: Path) -> str:
@@ -34,21 +54,22 @@ def make_venv(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def dummy(tiny_model, tmp_path_factory):
+def dummy(tiny_model, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """A server and the process that started it, which the last test of this file kills."""
     folder = tmp_path_factory.mktemp("dummy")
-    server = EngineServer(
-        index=1,
-        model=str(tiny_model),
-        rollout=RolloutConfig(max_concurrency=64, python=make_venv(folder / "venv")),
-        dtype="fp32",
-        max_model_len=MAX_MODEL_LEN,
-        run_dir=folder,
-        token=TOKEN,
-        seed=0,
-        load_format="dummy",
-    )
-    with running(server):
-        yield server
+    python = make_venv(folder / "venv")
+    arguments = [str(tiny_model), str(folder), TOKEN, python, str(MAX_MODEL_LEN)]
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, *arguments], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    pid, url = owner.stdout.readline().split()
+    try:
+        assert owner.stdout.readline().strip() == "healthy"
+        yield SimpleNamespace(owner=owner, pid=int(pid), url=url, python=python)
+    finally:
+        owner.kill()
+        owner.wait()
+        for left in group_members(int(pid)):
+            os.kill(left, signal.SIGKILL)
 
 
 async def outputs(engine: EngineClient) -> list:
@@ -60,7 +81,7 @@ async def outputs(engine: EngineClient) -> list:
 
 
 async def test_after_a_push_it_answers_as_a_server_that_loaded(engine, dummy, tiny_model):
-    assert psutil.Process(dummy.pid).cmdline()[0] == dummy._rollout.python
+    assert psutil.Process(dummy.pid).cmdline()[0] == dummy.python
     loaded = await outputs(engine)
     client = EngineClient(dummy.url, TOKEN)
     try:
@@ -82,3 +103,22 @@ async def test_after_a_push_it_answers_as_a_server_that_loaded(engine, dummy, ti
             await client.wake_up("weights")
     finally:
         await client.close()
+
+
+async def test_killing_the_trainer_ends_its_servers(dummy):
+    """kill -9 of the process that owns a server, while it generates: nothing is left, and the client says so
+    at once.
+    """
+    assert len(group_members(dummy.pid)) >= 3  # API server, engine core, worker
+    engine = EngineClient(dummy.url, TOKEN)
+    long = {"n": 8, "max_tokens": 1000, "temperature": 1e-3, "seed": 0, "weight_version": 0}
+    generating = asyncio.create_task(engine.generate(PROMPT, **long))
+    done, _ = await asyncio.wait([generating], timeout=0.5)
+    assert not done
+    killed_at = time.monotonic()
+    dummy.owner.kill()
+    with pytest.raises(EngineDied, match=dummy.url):
+        await asyncio.wait_for(generating, 10)
+    assert time.monotonic() - killed_at < 3
+    await engine.close()
+    wait_until_gone(dummy.pid, 10)

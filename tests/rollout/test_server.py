@@ -4,28 +4,22 @@ they are few.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import aiohttp
-import psutil
 import pytest
 from support.models import TOKEN
+from support.servers import wait_until_gone
 
 from megatron_dapo.config import RolloutConfig, RunConfig
 from megatron_dapo.environment import DIGEST_VARIABLE, PLUGIN
 from megatron_dapo.errors import UserError
 from megatron_dapo.rollout import server as server_module
-from megatron_dapo.rollout.client import EngineClient, EngineDied
+from megatron_dapo.rollout.client import EngineDied
 from megatron_dapo.rollout.ports import free_port
 from megatron_dapo.rollout.server import EngineServer, EngineStartTimeout
 
@@ -45,27 +39,6 @@ def make_server(
         extra_env=extra_env,
         device=device,
     )
-
-
-def group_members(group: int) -> list[int]:
-    """Processes of a process group that are not zombies."""
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            pass
-    return members
-
-
-def wait_until_gone(group: int, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while members := group_members(group):
-        assert time.monotonic() < deadline, (
-            f"still running: {[psutil.Process(pid).cmdline() for pid in members]}"
-        )
-        time.sleep(0.1)
 
 
 def test_torchrun_leaves_no_trace_in_the_environment(monkeypatch, tmp_path):
@@ -290,49 +263,3 @@ def test_helpers_may_tidy_up_but_not_forever(monkeypatch, tmp_path, delay, tidie
     assert time.monotonic() - start < 3.0 + 1.0
     assert (tmp_path / "logs" / "tidy").exists() == tidied
     wait_until_gone(group, 1)
-
-
-OWNER = """
-import asyncio, sys, time
-from pathlib import Path
-from megatron_dapo.config import RolloutConfig
-from megatron_dapo.rollout.server import EngineServer
-
-server = EngineServer(0, sys.argv[1], RolloutConfig(), "fp32", 1024, Path(sys.argv[2]), sys.argv[3], 0)
-server.start()
-print(server.pid, server.url, flush=True)
-asyncio.run(server.wait_healthy(300))
-print("healthy", flush=True)
-time.sleep(1000)
-"""
-
-
-async def test_killing_the_trainer_ends_its_servers(tmp_path, tiny_model):
-    """kill -9 of the process that owns a server, while it generates: nothing is left, and the client says so
-    at once.
-    """
-    command = [sys.executable, "-c", textwrap.dedent(OWNER), str(tiny_model), str(tmp_path), TOKEN]
-    owner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    assert owner.stdout
-    pid, url = (await owner.stdout.readline()).decode().split()
-    try:
-        assert (await owner.stdout.readline()).decode().strip() == "healthy"
-        assert len(group_members(int(pid))) >= 3  # API server, engine core, worker
-        engine = EngineClient(url, TOKEN)
-        generating = asyncio.create_task(
-            engine.generate(
-                [10, 20, 30, 40, 50], n=8, max_tokens=1000, temperature=1e-3, seed=0, weight_version=0
-            )
-        )
-        done, _ = await asyncio.wait([generating], timeout=0.5)
-        assert not done
-        killed_at = time.monotonic()
-        owner.kill()
-        with pytest.raises(EngineDied, match=url):
-            await asyncio.wait_for(generating, 10)
-        assert time.monotonic() - killed_at < 3
-        await engine.close()
-        wait_until_gone(int(pid), 10)
-    finally:
-        for pid_left in group_members(int(pid)):
-            os.kill(pid_left, signal.SIGKILL)

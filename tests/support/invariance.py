@@ -4,7 +4,7 @@ compared with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ class World:
             gradients = gradients or trainer.gradients()
         return Expected(results=results, gradients=gradients, weights=trainer.weights())
 
-    def measure(self, ranks: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    def measure(
+        self, ranks: int, cases: Sequence[Case], run: Callable[..., list[Any]] = run_ranks
+    ) -> list[dict[str, Any]]:
         """By rank and name of the case: the reports of three updates (support.jobs_policy.measure)."""
         runs = [
             PolicyRun(
@@ -121,7 +123,7 @@ class World:
             for case in cases
         ]
         old = {self.models[tied]: torch.cat(parts).tolist() for tied, parts in self.old.items()}
-        return run_ranks(
+        return run(
             "support.jobs_policy:measure",
             ranks,
             runs=runs,

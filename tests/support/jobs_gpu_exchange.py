@@ -21,7 +21,7 @@ from support.exchanging import MODELS, Case, runtime
 from support.planning import local_shards, make_workers
 from support.weights import make_weights
 
-HOSTS = {1: "a", 2: "ab", 4: "aabb"}  # of the ranks, by their number
+HOSTS = {1: "a", 2: "ab", 4: "aabb", 8: "aaaabbbb"}  # of the ranks, by their number
 
 
 def compare(on_cpu: bool) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def compare(on_cpu: bool) -> dict[str, Any]:
     if not on_cpu:
         torch.cuda.set_device(device)
     model, hosts = MODELS["big"], HOSTS[count]
-    layout = Layout(pp=count)
+    layout = Layout(pp=min(count, model.num_layers), dp=max(count // model.num_layers, 1))
     workers = make_workers(model, sorted(set(hosts)), tp=1, dtype="bfloat16")
     held = holdings(model, layout)
     case = Case(model="big", layout=layout, hosts=hosts, dtype="bfloat16", chunk_bytes=1 << 18)

@@ -5,6 +5,8 @@ collectives are torch's fake ones, and its own tensors are real.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ import torch
 from megatron_dapo.config import RunConfig
 from megatron_dapo.layout import Coordinates
 from megatron_dapo.model_spec import ModelSpec
-from megatron_dapo.planning.build import built_sizes, fake_rank, fake_session
+from megatron_dapo.planning.build import build_ranks, fake_rank, fake_session
+from megatron_dapo.planning.passes import SavedTensors
+from megatron_dapo.planning.sizes import Sizes
 from megatron_dapo.policy import backend
 from megatron_dapo.policy import model as model_file
 from megatron_dapo.policy.forward import MicroBatch, response_logprobs, run_model
@@ -31,19 +35,58 @@ def config_of(overrides: list[str]) -> RunConfig:
 
 
 def measure(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each {changes, overrides}: sizes of every stage's first rank as built on meta, and as built for
-    real where the case says `real`; kept: bytes that the last stage's first rank keeps for backward.
+    """For each {changes, overrides}: sizes of every stage's first rank as built on meta, of the policy and of
+    a value model, and what it keeps there of a micro-batch; the same as built for real where the case says
+    `real`, where kept is of the last stage's first rank.
     """
     backend.CPU.prepare()
     found = []
     for case in cases:
         config, model = config_of(case["overrides"]), small_model(**case["changes"])
-        sizes = built_sizes(config, model, range(config.layout.pipeline_parallel))
-        result: dict[str, Any] = {"built": [[s.elements, s.weights, s.gradients, s.optimizer] for s in sizes]}
+        ranks = build_ranks(config, model)
+        result: dict[str, Any] = {
+            "built": [_numbers(rank.sizes) for rank in ranks],
+            "value": [rank.value and _numbers(rank.value) for rank in ranks],
+            "one_pass": [rank.one_pass and dataclasses.asdict(rank.one_pass) for rank in ranks],
+        }
         if case.get("real"):
             result |= _real(config, model)
         found.append(result)
     return found
+
+
+def passes_of_te(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each {changes, overrides}: what the first rank of the first and of the last stage keeps of a
+    micro-batch on meta tensors, with the stand-in of TransformerEngine, which must be on sys.path.
+    """
+    _pretend_that_meta_is_cuda()
+    found = []
+    for case in cases:
+        config, model = config_of(case["overrides"]), small_model(**case["changes"])
+        ends = sorted({0, config.layout.pipeline_parallel - 1})
+        ranks = build_ranks(config, model, ends, of=backend.GPU)
+        passes = (rank.one_pass for rank in ranks)
+        found.append({end: one and dataclasses.asdict(one) for end, one in zip(ends, passes, strict=True)})
+    return found
+
+
+def _pretend_that_meta_is_cuda() -> None:
+    from megatron.core.tensor_parallel import random
+
+    from support import pretend_cuda
+
+    pretend_cuda.CPU = torch.device("meta")
+    pretend_cuda._pretend_device()
+    random._get_cuda_rng_state = torch.cuda.get_rng_state
+    random._set_cuda_rng_state = torch.cuda.set_rng_state
+    pretend_cuda._CudaMeansCpu().__enter__()
+    attention = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention")
+    # shapes alone, and no mask of all tokens by all tokens
+    attention._attend = lambda q, k, v, *others: q + (k.sum() + v.sum())
+
+
+def _numbers(sizes: Sizes) -> list[int]:
+    return [sizes.elements, sizes.weights, sizes.gradients, sizes.optimizer, sizes.quantized]
 
 
 def _real(config: RunConfig, model: ModelSpec) -> dict[str, Any]:
@@ -74,27 +117,17 @@ def _real(config: RunConfig, model: ModelSpec) -> dict[str, Any]:
 
 
 def _kept(chunk: Any, config: RunConfig, model: ModelSpec, session: Any) -> int:
-    """Every storage once, parameters left out."""
     tokens, layout = config.batch.max_tokens, session.layout
-    own = {p.untyped_storage()._cdata for _, p in model_file.named_shards([chunk])}
-    kept: dict[int, Any] = {}  # holding the storages, so that no number is given twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
     if not session.is_first_stage:
         rows = tokens // (layout.tp if layout.sp else 1)
         arriving = torch.zeros(rows, 1, model.hidden_size, requires_grad=True)
         model_file.unwrapped(chunk).set_input_tensor(arriving)
     micro = _micro_batch(tokens)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(p for _, p in model_file.named_shards([chunk])) as saved:
         hidden = run_model(chunk, micro, session)
         weight = model_file.output_weight(chunk)
         response_logprobs(hidden, weight, micro, session, vocab_size=model.vocab_size, temperature=1.0)
-    return sum(storage.nbytes() for storage in kept.values())
+    return saved.num_bytes
 
 
 def _micro_batch(tokens: int) -> MicroBatch:

@@ -61,8 +61,8 @@ def write_data(folder: Path, rows: int = 64) -> Path:
     return path
 
 
-def overrides(model: Path, data: Path, run_dir: Path, **values: Any) -> list[str]:
-    """The command line of a tiny run. Dots in keys are written as double underscores."""
+def settings(model: Path, data: Path, run_dir: Path, **values: Any) -> dict[str, Any]:
+    """The configuration of a tiny run. Dots in keys are written as double underscores."""
     defaults = {
         "model.path": model,
         "model.dtype": "fp32",
@@ -82,7 +82,12 @@ def overrides(model: Path, data: Path, run_dir: Path, **values: Any) -> list[str
         "run.max_steps": 3,
     }
     chosen = defaults | {name.replace("__", "."): value for name, value in values.items()}
-    return [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def overrides(model: Path, data: Path, run_dir: Path, **values: Any) -> list[str]:
+    """The same as a command line."""
+    return [f"{name}={value}" for name, value in settings(model, data, run_dir, **values).items()]
 
 
 def environment(data: Path, mark: str, **extra: str) -> dict[str, str]:

@@ -69,7 +69,9 @@ def test_a_row_of_the_table(tool, tmp_path):
         tool.read_run(write_run(tmp_path / "b", [0.3, 0.8, 0.95], [2.0, 2.0])),
     ]
     cells = [cell.strip() for cell in tool.table({"grpo": runs}).splitlines()[-1].split("|")[1:-1]]
-    assert cells == ["grpo", "0.900 (0.850 to 0.950)", "1.5", "1", "0.25", "50%", "50%", "31.2%", "200", "3.0"]
+    accuracies, *others = cells[1:]
+    assert cells[0] == "grpo" and accuracies == "0.900 (0.850 to 0.950)"
+    assert others == ["1.5", "1", "0.25", "50%", "50%", "31.2%", "200", "3.0"]
 
 
 def test_an_accuracy_that_was_never_reached_is_said(tool, tmp_path):

@@ -42,6 +42,13 @@ def test_the_memory_of_a_shipped_configuration(tool, config):
         result["gpu_gib"]
     )
     assert sum(rank["ranks"] for rank in result["by_rank"]) == result["ranks"]
+    moments = result["timeline"]
+    assert [moment["phase"] for moment in moments] == list(result["peak_gib_by_phase"])
+    assert moments[-1]["start_s"] + moments[-1]["seconds"] == pytest.approx(result["seconds"]["step"])
+    for moment in moments:
+        assert moment["gib"] == pytest.approx(result["peak_gib_by_phase"][moment["phase"]])
+    for rank, sizes in zip(result["by_rank"], result["one_update_gib_by_stage"].values(), strict=False):
+        assert max(sizes) == pytest.approx(rank["gib_by_phase"]["update"])
     assert result["left_out"] == []
 
 
@@ -74,6 +81,10 @@ def test_the_flagship_is_built_on_meta_tensors():
     first = result["by_rank"][0]
     sizes = [first[f"{name}_gib"] * 2**30 / counts[0] for name in ("weights", "gradients", "optimizer")]
     assert sizes == pytest.approx([2, 4, 12 / 4], rel=1e-4)
+    for rank in result["by_rank"]:  # 22,528 tokens forward and backward on meta tensors
+        kept = rank["one_micro_batch"]
+        assert kept["autograd_gib"] == pytest.approx(kept["local_table_gib"], rel=0.001)
+        assert kept["te_table_gib"] == pytest.approx(10.23, abs=0.25)  # the last stage has its head too
 
 
 def test_text_and_picture(tool, tmp_path):
@@ -99,9 +110,21 @@ def test_layouts(tool, tmp_path):
     assert status == 0 and len(result["layouts"]) == 3 < result["fitting"]
     assert {"step_seconds", "overrides", "margin_gib", "peak_gib_by_phase"} <= result["layouts"][0].keys()
     assert result["rejected"]["an update does not fit"]["lacks_gib"] > 0
+    assert "each" not in result["rejected"]["an update does not fit"]
     assert json.loads(profile.read_text())["colocated"] is True
     _, out, _ = tool("layouts", *arguments)
     assert "combinations fit" in out and "rejected, an update does not fit" in out
+
+
+def test_every_rejected_layout_has_a_reason(tool):
+    arguments = ["--model", "Qwen/Qwen2.5-7B", "--gpus", 8, "rollout.max_tokens=8192", "--all"]
+    _, out, _ = tool("layouts", *arguments, "--json")
+    for why in json.loads(out)["rejected"].values():
+        assert len(why["each"]) == why["count"] and all(one["what"] for one in why["each"])
+        lacks = [one["lacks_gib"] for one in why["each"] if "lacks_gib" in one]
+        assert not lacks or min(lacks) == why["lacks_gib"]
+    _, out, _ = tool("layouts", *arguments)
+    assert "\n    tp1 x pp1 x cp8 x dp1" in out or "\n    tp8 x pp1" in out
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,18 @@ def run_dir(tmp_path_factory) -> Path:
     for step in (3, 4):
         groups = [
             Group(
-                prompt=make_prompt(position, text=f"What is {position}+1?", answer=str(position + 1)),
+                prompt=make_prompt(
+                    position,
+                    text=f"What is {position}+1?",
+                    answer=str(position + 1),
+                    **({"rule": "exact", "source": "sums"} if position == 8 else {}),
+                ),
                 completions=(
-                    completion(f"step {step} says {position + 1}", 0),
+                    completion(
+                        f"step {step} says {position + 1}",
+                        0,
+                        reward_parts={"verifier": 1.25, "brief": -0.25} if position == 8 else {},
+                    ),
                     completion("so " * 300 + "no", 1, finish_reason="length", versions=((1, 3), (2, 900))),
                 ),
                 correct=(True, False),
@@ -71,7 +80,8 @@ def test_the_newest_step_is_shown_with_long_texts_cut(tool, run_dir, capsys):
     )
     assert lines[5].startswith("so so ") and lines[5].endswith("so no<|eos|>")
     assert "[... 509 characters ...]" in lines[5]  # 3 x 300 + 2 + 7 characters, 400 shown
-    assert lines[7].startswith("=== prompt 8")
+    assert lines[7] == "=== prompt 8 (row 8 of sums): 1 of 2 right by exact, answer 9"
+    assert lines[9].startswith("--- response 0: right, reward +1.000 (verifier +1.250, brief -0.250), 14 ")
 
 
 def test_a_prompt_is_shown_whole(tool, run_dir, capsys):

@@ -1,1 +1,1 @@
-"""The commands of tools/plan.py but `sync`."""
+"""The commands of tools/plan.py."""

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, required=True, help="all hosts together")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="default %(default)s")
     parser.add_argument("--best", type=int, default=10, help="how many to print (default %(default)s)")
+    parser.add_argument("--all", action="store_true", help="list every rejected combination too")
     parser.add_argument(
         "--engine-speed",
         type=Path,
@@ -67,12 +68,17 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             for proposal in found[: options.best]
         ],
         "rejected": {
-            reason: {"count": why.count, "closest": why.example}
-            | ({"lacks_gib": why.over / GIB} if math.isfinite(why.over) else {})
+            reason: {"count": why.count, "closest": why.closest[0]}
+            | _lacks(why.closest[1])
+            | ({"each": [{"what": what} | _lacks(over) for what, over in why.each]} if options.all else {})
             for reason, why in rejected.items()
         },
         "planning_seconds": time.perf_counter() - began,
     }
+
+
+def _lacks(over: float) -> dict[str, float]:
+    return {"lacks_gib": over / GIB} if math.isfinite(over) else {}
 
 
 def as_text(result: dict[str, Any]) -> str:
@@ -88,6 +94,10 @@ def as_text(result: dict[str, Any]) -> str:
             f"{row['mfu']:>6.0%}{row['margin_gib']:>10.1f}  {row['layout']}: {others}"
         )
     for reason, why in result["rejected"].items():
-        lacks = f", lacks {why['lacks_gib']:.1f} GiB" if "lacks_gib" in why else ""
-        lines.append(f"rejected, {reason}: {why['count']}; the closest: {why['closest']}{lacks}")
+        lines.append(f"rejected, {reason}: {why['count']}; the closest: {_in_words(why['closest'], why)}")
+        lines += [f"    {_in_words(one['what'], one)}" for one in why.get("each", ())]
     return "\n".join(lines)
+
+
+def _in_words(what: str, lacks: dict[str, Any]) -> str:
+    return what + (f", lacks {lacks['lacks_gib']:.1f} GiB" if "lacks_gib" in lacks else "")

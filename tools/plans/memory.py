@@ -4,96 +4,166 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import functools
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dapo import preflight
 from megatron_dapo.config import RunConfig
 from megatron_dapo.model_spec import ModelSpec, read_model
-from megatron_dapo.planning.hardware import ASSUMED, GIB, GPUS
+from megatron_dapo.planning.fits import check_model
+from megatron_dapo.planning.hardware import ASSUMED, GIB, GPUS, Gpu
 from megatron_dapo.planning.memory import ENGINES, PHASES, MemoryPlan, RankMemory, plan_memory
 from megatron_dapo.planning.sizes import Sizes, rank_sizes
 from megatron_dapo.planning.step_time import StepTime, default_workload, estimate
-from megatron_dapo.policy import rules
+from megatron_dapo.planning.timeline import one_update, timeline
 from plans.models import model_folder
+from plans.picture import draw
+
+if TYPE_CHECKING:
+    from megatron_dapo.planning.build import Built
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A run on these GPUs. engines: on all hosts together. built: ranks on meta tensors by pipeline stage, if
+    they were built.
+    """
+
+    config: RunConfig
+    model: ModelSpec
+    memory: MemoryPlan
+    seconds: StepTime
+    engines: int
+    built: tuple[Built, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="default %(default)s")
+    parser.add_argument("--engine-hosts", type=int, default=1, help="hosts of engines, if not colocated")
     parser.add_argument(
         "--formulas",
         action="store_true",
-        help="count parameters by formula only; by default every kind of rank is built on meta tensors",
+        help="count by formula only; by default every kind of rank is built and run on meta tensors",
     )
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="picture of the memory over a step")
 
 
-def plan(config: RunConfig, options: argparse.Namespace) -> dict[str, Any]:
+def plan(options: argparse.Namespace) -> dict[str, Any]:
     """The report of a configuration, for JSON."""
     began, gpu = time.perf_counter(), GPUS[options.gpu]
-    preflight.check_settings(config)
-    with model_folder(config.model.path) as folder:
-        model = read_model(folder)
-    rules.check_model(config, model, on_cpu=False)
-    sizes = rank_sizes if options.formulas else _builder(config, model)
-    memory = plan_memory(config, model, gpu, sizes)
-    layout, rollout = config.layout.to_layout(), config.rollout
-    hosts = max(1, layout.world_size // gpu.per_host)
-    engines = rollout.engines * (hosts if rollout.colocated else options.engine_hosts)
-    seconds = estimate(config, model, memory, default_workload(config), engines=engines)
+    config = RunConfig.load(options.config, options.overrides)
+    layout = config.layout.to_layout()
+    hosts = max(1, layout.world_size // gpu.per_host) if config.rollout.colocated else options.engine_hosts
+    planned = plan_run(config, gpu, engine_hosts=hosts, by_formula=options.formulas)
+    memory = planned.memory
     if options.plot:
-        draw(memory, seconds, f"{config.model.path}, {layout.describe()}", options.plot)
+        draw(planned.config, planned.model, memory, planned.seconds, options.plot)
     return {
         "config": str(options.config),
         "model": config.model.path,
         "layout": layout.describe(),
         "gpu": gpu.name,
-        "gpu_gib": gpu.speed.memory_bytes / GIB,
         "ranks": layout.world_size,
         "distinct_ranks": layout.pp,
         "parameters_counted": "by formula" if options.formulas else "in Megatron's objects on meta tensors",
-        "peak_gib_by_phase": {phase: memory.peak(phase) / GIB for phase in PHASES},
+        **facts(planned),
         "parts_by_phase": {phase: _gib(memory.fullest(phase).parts[phase]) for phase in PHASES},
-        "fits": memory.margin >= 0 and memory.kv_tokens >= 1,
-        "margin_gib": memory.margin / GIB,
-        "by_rank": [_rank(rank, memory) for rank in memory.ranks],
-        "kv_tokens": round(memory.kv_tokens),
-        "seconds": _seconds(seconds),
+        "by_rank": [_rank(rank, planned) for rank in memory.ranks],
+        "timeline": [
+            {
+                "phase": moment.phase,
+                "start_s": moment.start,
+                "seconds": moment.seconds,
+                "gib": sum(moment.parts.values()) / GIB,
+                "parts": _gib(moment.parts),
+            }
+            for moment in timeline(memory, planned.seconds)
+        ],
+        "one_update_gib_by_stage": {
+            stage: [size / GIB for size in sizes]
+            for stage, sizes in one_update(config, planned.model, memory).items()
+        },
+        "seconds": seconds_of(planned.seconds),
         "assumptions": dataclasses.asdict(ASSUMED),
         "left_out": left_out(config),
         "planning_seconds": time.perf_counter() - began,
     }
 
 
+def plan_run(
+    config: RunConfig, gpu: Gpu, *, engine_hosts: int, by_formula: bool, on_cpu: bool = False
+) -> Planned:
+    """With engines on so many hosts. UserError for what the settings, the model or the GPU forbid."""
+    preflight.check_settings(config)
+    with model_folder(config.model.path) as folder:
+        model = read_model(folder)
+    reference = None
+    if config.objective.reference is not None:
+        with model_folder(config.objective.reference) as folder:
+            reference = read_model(folder)
+    check_model(config, model, None if on_cpu else gpu)
+    built, sizes = (), rank_sizes
+    if not by_formula:
+        from megatron_dapo.planning.build import build_ranks  # loads Megatron
+
+        built = build_ranks(config, model)
+        sizes = functools.partial(_built_sizes, built, model)
+    memory = plan_memory(config, model, gpu, sizes, reference=reference)
+    engines = config.rollout.engines * engine_hosts
+    return Planned(
+        config=config,
+        model=model,
+        memory=memory,
+        seconds=estimate(config, model, memory, default_workload(config), engines=engines),
+        engines=engines,
+        built=built,
+    )
+
+
+def _built_sizes(
+    built: tuple[Built, ...],
+    model: ModelSpec,
+    config: RunConfig,
+    of: ModelSpec,
+    stage: int,
+    *,
+    value: bool = False,
+) -> Sizes:
+    """As rank_sizes; a reference model of another size is counted by formula."""
+    if of != model:
+        return rank_sizes(config, of, stage, value=value)
+    rank = built[stage]
+    return rank.value if value and rank.value else rank.sizes
+
+
+def facts(planned: Planned) -> dict[str, Any]:
+    """What all reports say of the memory."""
+    memory = planned.memory
+    return {
+        "gpu_gib": memory.gpu.speed.memory_bytes / GIB,
+        "peak_gib_by_phase": {phase: memory.peak(phase) / GIB for phase in PHASES},
+        "fits": memory.margin >= 0 and memory.kv_tokens >= 1,
+        "margin_gib": memory.margin / GIB,
+        "kv_tokens": round(memory.kv_tokens),
+    }
+
+
 def left_out(config: RunConfig) -> list[str]:
     """What this configuration has and the plan does not count."""
-    found = []
-    if config.policy.fp8 is not None:
-        found.append("policy.fp8: layers are counted in bf16")
-    if config.objective.kind in ("ppo", "dpo") or getattr(config.objective, "kl_coef", 0):
-        found.append(f"objective.kind={config.objective.kind}: other models than the policy")
-    return found
+    local = config.policy.layers == "local"
+    return ["policy.layers=local: activations are those of TransformerEngine's layers"] if local else []
 
 
-def _builder(config: RunConfig, model: ModelSpec) -> Any:
-    from megatron_dapo.planning.build import built_sizes
-
-    built = built_sizes(config, model, range(config.layout.pipeline_parallel))
-
-    def sizes(config: RunConfig, model: ModelSpec, stage: int) -> Sizes:
-        return built[stage]
-
-    return sizes
-
-
-def _rank(rank: RankMemory, memory: MemoryPlan) -> dict[str, Any]:
+def _rank(rank: RankMemory, planned: Planned) -> dict[str, Any]:
     gib = {
         "weights": rank.sizes.weights,
         "gradients": rank.sizes.gradients,
         "optimizer": rank.sizes.optimizer,
     }
+    passed = planned.built[rank.stage].one_pass if planned.built and rank.stage != ENGINES else None
     return {
         "place": "engines alone" if rank.stage == ENGINES else f"pipeline stage {rank.stage}",
         "ranks": rank.ranks,
@@ -102,6 +172,7 @@ def _rank(rank: RankMemory, memory: MemoryPlan) -> dict[str, Any]:
         "layers_in_flight": rank.in_flight,
         "offloaded_gib": rank.offloaded / GIB,
         "gib_by_phase": {phase: rank.total(phase) / GIB for phase in PHASES},
+        "one_micro_batch": passed and {f"{name}_gib": size / GIB for name, size in passed.bytes().items()},
     }
 
 
@@ -109,7 +180,7 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _seconds(seconds: StepTime) -> dict[str, Any]:
+def seconds_of(seconds: StepTime) -> dict[str, Any]:
     phases = ("generate", "switch", "old_logprobs", "update", "sync", "step")
     return {name: getattr(seconds, name) for name in phases} | {
         "update_parts": seconds.update_parts,
@@ -137,6 +208,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"{rank['offloaded_gib']:>11.2f}"
         for rank in result["by_rank"]
     ]
+    lines += [_in_words(rank) for rank in result["by_rank"] if rank["one_micro_batch"]]
     seconds = result["seconds"]
     lines += [
         f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {result['margin_gib']:.1f} GiB stay free; an "
@@ -149,37 +221,9 @@ def as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(memory: MemoryPlan, seconds: StepTime, title: str, out: Path) -> None:
-    """Write the PNG, whole or not at all: the fullest GPU over the seconds of a step, what lies there on top
-    of each other. Each phase is as wide as it takes, and a twentieth of the step at least.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 6), layout="constrained")
-    stages = {phase: memory.fullest(phase).parts[phase] for phase in PHASES}
-    names = list(dict.fromkeys(name for parts in stages.values() for name in parts))
-    colours = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
-    began, ticks = 0.0, []
-    for phase, parts in stages.items():
-        width, base = max(getattr(seconds, phase), seconds.step / 20), 0.0
-        for name, size in parts.items():
-            axis.bar(began, size / GIB, width, base, align="edge", color=colours[name], label=name)
-            base += size / GIB
-        ticks.append((began + width / 2, f"{phase}\n{getattr(seconds, phase):,.0f} s"))
-        began += width
-    total = memory.gpu.speed.memory_bytes / GIB
-    axis.axhline(total, color="black", linestyle="--")
-    axis.set(
-        ylabel="GiB of the fullest GPU", title=f"{title}, {memory.gpu.name}: planned", ylim=(0, total * 1.1)
+def _in_words(rank: dict[str, Any]) -> str:
+    kept = rank["one_micro_batch"]
+    return (
+        f"{rank['place']} keeps of one micro-batch {kept['te_table_gib']:.2f} GiB (table); local layers "
+        f"{kept['autograd_gib']:.2f} in a pass on meta tensors, {kept['local_table_gib']:.2f} by their table"
     )
-    axis.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
-    found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside right upper", fontsize="small")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    figure.savefig(unfinished, dpi=110, format="png", metadata={"Software": None})
-    plt.close(figure)
-    os.replace(unfinished, out)

@@ -79,7 +79,7 @@ class RowLoader:
         for row, values in rows:
             numbers[self._places[row.parameter][0]] += values.numel()
             in_order = row.stride == row_major(row.size)
-            start = values.storage_offset() - row.offset if in_order else None
+            start = int(values.storage_offset()) - row.offset if in_order else None
             starts.setdefault(row.parameter, set()).add(start)
             memory[row.parameter] = values
         lent = set[str]()

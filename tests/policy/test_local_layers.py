@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from megatron_dapo.policy.cpu import PackedAttention, RMSNorm
+from megatron_dapo.policy import local_layers
+from megatron_dapo.policy.local_layers import PackedAttention, RMSNorm
 
 
 def make_attention() -> PackedAttention:
@@ -63,6 +66,42 @@ def test_no_sequence_sees_another_or_its_own_future():
     key[45:], value[45:] = 9.0, 9.0  # two tokens into the third sequence
     after = make_attention()(query, key, value, packed_seq_params=params(lengths))
     assert torch.equal(before[:45], after[:45]) and not torch.allclose(before[45:], after[45:])
+
+
+class OnGpu(TorchFunctionMode):
+    """Every tensor says that it is on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func == torch.Tensor.is_cuda.__get__ or func(*args, **(kwargs or {}))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "on_gpu", "kv_heads"),
+    [
+        (torch.bfloat16, False, True, 2),  # flash attention
+        (torch.float32, False, True, 4),
+        (torch.bfloat16, True, True, 4),
+        (torch.float32, True, False, 2),
+    ],
+)
+def test_a_gpu_gets_a_key_for_every_query_where_flash_attention_cannot_be(
+    monkeypatch, dtype, masked, on_gpu, kv_heads
+):
+    asked = []
+
+    def attend(query, key, value, **options):
+        asked.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+
+    monkeypatch.setattr(local_layers, "scaled_dot_product_attention", attend)
+    draw = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 6, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
+    mask = torch.ones(6, 6, dtype=torch.bool).tril() if masked else None
+    expected = local_layers._attend(query, key, value, mask)
+    with OnGpu() if on_gpu else contextlib.nullcontext():
+        found = local_layers._attend(query, key, value, mask)
+    assert asked == [(2, 2, True), (kv_heads, kv_heads, kv_heads == 2)]
+    torch.testing.assert_close(found, expected)
 
 
 def test_dropout_is_refused():

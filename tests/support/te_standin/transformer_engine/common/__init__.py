@@ -1,0 +1,3 @@
+"""What does not depend on the framework."""
+
+from . import recipe as recipe

@@ -1,0 +1,5 @@
+"""The old place of a class of tensor/."""
+
+from .tensor import Float8Tensor
+
+__all__ = ["Float8Tensor"]

@@ -1,0 +1,5 @@
+"""Float8BlockwiseQTensor at its own place."""
+
+from . import Float8BlockwiseQTensor
+
+__all__ = ["Float8BlockwiseQTensor"]
