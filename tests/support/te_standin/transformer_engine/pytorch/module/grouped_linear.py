@@ -88,4 +88,5 @@ class GroupedLinear(TransformerEngineBaseModule):
                     assert_dim_for_fp8_exec(part, weight)
                 used = _WithValues.apply(weight, self._weight_of_pass(f"weight{i}", is_first_microbatch))
                 products.append(part @ used.t())
-            return torch.cat(products).view(*inp.shape[:-1], -1)
+            out = torch.cat(products)
+        return out.view(*inp.shape[:-1], out.shape[-1])  # an expert's rank may have no token
