@@ -42,6 +42,8 @@ class RowLoader:
     def __init__(self, model: torch.nn.Module, table: SinkTable) -> None:
         self._places: dict[str, tuple[torch.nn.Module, str]] = {}  # the layer of a parameter, its name there
         self._totals = Counter[torch.nn.Module]()  # elements of a layer that the table has
+        # vLLM's kernels for a CPU keep packed copies of weights; zentorch's keep the weights
+        self._lends = current_platform.is_cpu() and not current_platform.is_zen_cpu()
         totals = Counter[str]()
         for row in (*table.sinks, *table.padding):
             totals[row.parameter] += math.prod(row.size)
@@ -63,7 +65,7 @@ class RowLoader:
         """Rows with their values, views of a chunk's memory, which nobody reads after this call. verify: look
         whether they are where the rows say; ValueError if not.
         """
-        lent = self._lend(rows)
+        lent = self._lend(rows) if self._lends else ()
         for row, values in rows:
             self._load(row, values, verify=verify, lent=row.parameter in lent)
 
@@ -137,9 +139,7 @@ def materialize(layer: torch.nn.Module, info: LayerReloadingInfo) -> None:
 def _is_only_packed(layer: torch.nn.Module, leaf: str) -> bool:
     """Whether the parameter waits for its values, and vLLM's kernel for a CPU keeps a packed copy of them."""
     method, kernels = getattr(layer, "quant_method", None), get_layerwise_info(layer).kernel_tensors
-    if not current_platform.is_cpu() or current_platform.is_zen_cpu() or kernels is None:
-        return False  # zentorch keeps weights as they are
-    kernel = kernels[0].get(leaf)
+    kernel = kernels[0].get(leaf) if kernels else None
     return (
         isinstance(method, UnquantizedLinearMethod)
         and getattr(layer, leaf).is_meta
